@@ -1,0 +1,76 @@
+"""What all commands share: the terminal, progress bars, tables, and what happens on Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console()
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+@contextmanager
+def interruptible(advice: str) -> Iterator[None]:
+    """Turns Ctrl-C into the advice on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"\n[yellow]Interrupted.[/] {advice}")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def progress_bar() -> Progress:
+    """A bar with counts, elapsed and remaining time."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+@contextmanager
+def bar(description: str, total: int | None) -> Iterator[Any]:
+    """One bar; yields a function that takes the number done and a note to show."""
+    with progress_bar() as shown:
+        task = shown.add_task(description, total=total, note="")
+
+        def advance(done: int, note: str = "") -> None:
+            shown.update(task, completed=done, note=note)
+
+        yield advance
+
+
+def evaluation_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """EM and F1 per dataset and domain. columns: heading → an evaluation as `Evaluation.as_dict` gives it."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("dataset")
+    table.add_column("domain")
+    for heading in columns:
+        table.add_column(f"{heading}\nEM", justify="right")
+        table.add_column(f"{heading}\nF1", justify="right")
+    first = next(iter(columns.values()))
+    for name, row in first["datasets"].items():
+        cells = [_percent(column["datasets"][name][metric]) for column in columns.values() for metric in ("em", "f1")]
+        table.add_row(name, row["domain"].replace("_", "-"), *cells)
+    table.add_section()
+    for domain in ("in_domain", "out_of_domain"):
+        if domain in first:
+            cells = [_percent(column[domain][metric]) for column in columns.values() for metric in ("em", "f1")]
+            table.add_row("mean", domain.replace("_", "-"), *cells, style="bold")
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

@@ -1,0 +1,68 @@
+"""`agentgym-ig eval`: exact match and F1 of any policy on a suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agentgym_ig.commands.console import bar, console, evaluation_table, interruptible
+
+QuestionsOption = Annotated[
+    Path | None, typer.Option(help="Folder with <dataset>.jsonl[.gz] files (not for tinywiki).")
+]
+IndexOption = Annotated[Path | None, typer.Option(help="Folder of the index to search (not for tinywiki).")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+TopKOption = Annotated[int | None, typer.Option(help="Passages per search.")]
+MaxTurnsOption = Annotated[int | None, typer.Option(help="Actions per episode.")]
+PromptOption = Annotated[str | None, typer.Option(help="Prompt by name: search-r1 or tinywiki.")]
+
+
+def rules_set_by_user(top_k: int | None, max_turns: int | None, prompt: str | None) -> dict[str, Any]:
+    """The fields of `Rules` that the user named."""
+    given = {"top_k": top_k, "max_turns": max_turns, "prompt": prompt}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def evaluate(
+    policy: Annotated[
+        str, typer.Option(help="oracle, search-once, random, or a model: tinywiki, a folder, a hub name.")
+    ] = "tinywiki",
+    model: Annotated[str | None, typer.Option(help="A model's name or folder; the same as --policy with it.")] = None,
+    suite: Annotated[str, typer.Option(help="tinywiki, igpo or search-r1.")] = "tinywiki",
+    questions: QuestionsOption = None,
+    index: IndexOption = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per dataset (tinywiki: 150 unless set).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    episodes: Annotated[Path | None, typer.Option(help="Write every episode to this JSON Lines file.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the most probable token.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per action.")] = 256,
+    top_k: TopKOption = None,
+    max_turns: MaxTurnsOption = None,
+    prompt: PromptOption = None,
+    batch: Annotated[int, typer.Option(help="Episodes side by side.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of all random draws, and of TinyWiki's test world.")] = 0,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Evaluate a policy on a suite."""
+    from agentgym_ig.commands.parts import open_policy, open_suite, use_one_thread
+    from agentgym_ig.envs.evaluate import evaluate as run_evaluation
+    from agentgym_ig.records import write_episodes, write_json
+
+    asked = open_suite(suite, questions, index, limit, rules_set_by_user(top_k, max_turns, prompt), seed)
+    if suite == "tinywiki":
+        use_one_thread()
+        max_new_tokens = min(max_new_tokens, 16)
+    name = model or policy
+    acting = open_policy(name, asked, device=device, temperature=temperature, max_new_tokens=max_new_tokens)
+    total = sum(len(own) for own in asked.questions.values())
+    with interruptible("Nothing was written; run the same command again."), bar("episodes", total) as advance:
+        result = run_evaluation(acting, asked, seed=seed, num_envs=batch, progress=advance)
+    console.print(evaluation_table(f"{name} on {suite}, {total:,} questions", {"": result.as_dict()}))
+    if out is not None:
+        write_json(out, {"policy": name, "seed": seed, "temperature": temperature, **result.as_dict()})
+        console.print(f"figures: {out}")
+    if episodes is not None:
+        write_episodes(episodes, result.episodes)
+        console.print(f"episodes: {episodes}")

@@ -1,0 +1,125 @@
+"""The parts that commands are put together from, made from what the user typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentgym_ig.envs.episode import Rules
+from agentgym_ig.envs.evaluate import Suite, suite_datasets
+from agentgym_ig.envs.rollout import prompts_of
+from agentgym_ig.errors import CorpusError
+from agentgym_ig.indexes.bm25 import Bm25Index
+from agentgym_ig.indexes.corpus import read_questions
+from agentgym_ig.policies import Policy, RandomPolicy, oracle, search_once
+from agentgym_ig.types import Question
+
+if TYPE_CHECKING:
+    from agentgym_ig.envs.search import SearchVectorEnv
+    from agentgym_ig.trainers.loop import TrainConfig
+
+SCRIPTED = ("oracle", "search-once", "random")
+"""Policies by name that need no model."""
+
+
+def use_one_thread() -> None:
+    """Keep torch on one thread: for small models a second one costs more than it brings, and beside a busy
+    neighbour up to a hundred times more.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def open_suite(
+    name: str,
+    questions: Path | None,
+    index: Path | None,
+    limit: int | None,
+    overrides: Mapping[str, Any],
+    seed: int = 0,
+) -> Suite:
+    """A suite by name. TinyWiki makes its own questions and index; the others need a folder of each.
+
+    `questions` holds `<dataset>.jsonl` or `.jsonl.gz` for at least one dataset of the suite; `limit` takes the
+    first so many of each; `overrides` are fields of `Rules` that the user set.
+    """
+    datasets = suite_datasets(name)
+    if name == "tinywiki":
+        from agentgym_ig.trainers.tinywiki import test_world, tinywiki_suite
+
+        suite = tinywiki_suite(test_world(seed), limit or 150)
+        return replace(suite, rules=replace(suite.rules, **overrides))
+    if questions is None or index is None:
+        raise ValueError(
+            f"suite {name!r} needs --questions FOLDER (with {', '.join(datasets)} as .jsonl) and --index FOLDER"
+        )
+    found: dict[str, list[Question]] = {}
+    for dataset in datasets:
+        for path in (questions / f"{dataset}.jsonl", questions / f"{dataset}.jsonl.gz"):
+            if path.is_file():
+                # Releases number each dataset from 0, so ids are told apart by the dataset's name.
+                found[dataset] = [
+                    replace(question, id=f"{dataset}/{question.id}", dataset=dataset)
+                    for question in read_questions(path)[:limit]
+                ]
+    if not found:
+        raise CorpusError(f"{questions} holds none of {', '.join(f'{dataset}.jsonl[.gz]' for dataset in datasets)}")
+    return Suite(name, found, Bm25Index.open(index), Rules(**overrides))
+
+
+def open_training(
+    suite: str,
+    questions: Path | None,
+    index: Path | None,
+    overrides: Mapping[str, Any],
+    given: Mapping[str, Any],
+    seed: int,
+) -> tuple[TrainConfig, SearchVectorEnv]:
+    """Settings and environment to train in: the suite's in-domain datasets, or a TinyWiki training world.
+
+    `given` are fields of `TrainConfig`; those that are None keep the suite's own.
+    """
+    from agentgym_ig.trainers.loop import TrainConfig
+    from agentgym_ig.trainers.tinywiki import tiny_config, training_env, training_world
+
+    tiny = suite == "tinywiki"
+    config = tiny_config(seed) if tiny else TrainConfig(seed=seed)
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    places = config.questions_per_step * config.group_size
+    if tiny:
+        env = training_env(training_world(seed), places)
+        env.rules = replace(env.rules, **overrides)
+        return config, env
+    asked = open_suite(suite, questions, index, None, overrides)
+    domains = suite_datasets(suite)
+    own = {name: found for name, found in asked.questions.items() if domains[name] == "in_domain"}
+    if not own:
+        raise ValueError(f"{questions} holds no in-domain dataset of suite {suite!r}, so there is nothing to train on")
+    return config, replace(asked, questions=own).env(places)
+
+
+def open_policy(name: str, suite: Suite, *, device: str, temperature: float, max_new_tokens: int) -> Policy:
+    """A policy by name: one of `SCRIPTED`, or a model's name or folder."""
+    env = suite.env(1)
+    if name == "random":
+        return RandomPolicy()
+    if name == "search-once":
+        return search_once(prompts_of(env))
+    if name == "oracle":
+        wanted = {passage for question in env.questions.values() for passage in question.supporting}
+        return oracle(prompts_of(env), titles_of(suite, wanted))
+    from agentgym_ig.lm.policy import TransformersPolicy
+    from agentgym_ig.trainers.tinywiki import load_policy_model
+
+    model, tokenizer = load_policy_model(name, device)
+    return TransformersPolicy(model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens)
+
+
+def titles_of(suite: Suite, wanted: set[str]) -> dict[str, str]:
+    """Passage id → title for the passages that are wanted. Raises ValueError for an index that cannot list them."""
+    if not isinstance(suite.index, Bm25Index):
+        raise ValueError("the oracle needs an index whose passages can be listed, such as Bm25Index")
+    return {passage.id: passage.title for passage in suite.index.passages() if passage.id in wanted}

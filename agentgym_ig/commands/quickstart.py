@@ -1,0 +1,228 @@
+"""`agentgym-ig quickstart`: from nothing to a trained search agent and a report, on a laptop CPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agentgym_ig.commands.console import bar, console, evaluation_table, interruptible
+
+if TYPE_CHECKING:
+    from agentgym_ig.envs.evaluate import Evaluation, Suite
+    from agentgym_ig.indexes.bm25 import Bm25Index
+    from agentgym_ig.tinywiki import World
+
+VALIDATION_QUESTIONS = 50
+"""Questions per dataset of the evaluations during training; they come from a third world."""
+
+NEXT = """
+Next, with a real model and real Wikipedia passages (JSON Lines: id, title, text) and questions (JSON Lines named after
+their dataset, as in questions/nq.jsonl: id, dataset, question, answers):
+  agentgym-ig index build --corpus wiki.jsonl.gz --out wiki-index
+  agentgym-ig index search --index wiki-index "who directed Metropolis"
+  agentgym-ig eval --model Qwen/Qwen2.5-3B-Instruct --device cuda \\
+      --suite igpo --questions questions --index wiki-index --limit 100
+  agentgym-ig train --recipe igpo --model Qwen/Qwen2.5-3B-Instruct --device cuda \\
+      --suite igpo --questions questions --index wiki-index --out runs/igpo
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a quickstart depends on: a folder holds the state of one."""
+
+    recipe: str
+    seed: int
+    steps: int
+    questions: int
+    from_scratch: bool
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything; run again with the same one to go on.")],
+    recipe: Annotated[str, typer.Option(help="igpo or grpo.")] = "igpo",
+    compare: Annotated[bool, typer.Option("--compare", help="Train with GRPO too and show both.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the worlds and all random draws.")] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps of 96 episodes each.")] = 80,
+    questions: Annotated[int, typer.Option(help="Test questions per dataset.")] = 150,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Make the warm start anew first (about 5 minutes).")
+    ] = False,
+) -> None:
+    """Build TinyWiki and its index, evaluate the small policy, train it, evaluate again, write a report."""
+    from agentgym_ig.commands.parts import use_one_thread
+    from agentgym_ig.trainers.recipes import recipe as recipe_by_name
+
+    use_one_thread()
+    recipe_by_name(recipe)
+    settings = Settings(recipe, seed, steps, questions, from_scratch)
+    _claim(out, settings)
+    command = (
+        f"agentgym-ig quickstart --out {out} --seed {seed} --recipe {recipe} --steps {steps} --questions {questions}"
+    )
+    command += (" --compare" if compare else "") + (" --from-scratch" if from_scratch else "")
+    with interruptible(f"All that is done is kept; go on with: {command}"):
+        _run(out, settings, [recipe, *(["grpo"] if compare and recipe != "grpo" else [])])
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    """Note the settings in the folder, or check that they are those it was begun with."""
+    path, wanted = out / "settings.json", vars(settings)
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found != wanted:
+            raise ValueError(f"{out} holds a quickstart with {found}, asked for {wanted}; give another --out")
+        return
+    from agentgym_ig.records import write_json
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def _run(out: Path, settings: Settings, recipes: list[str]) -> None:
+    from agentgym_ig.records import write_json
+    from agentgym_ig.report import write_report
+    from agentgym_ig.tinywiki import World
+    from agentgym_ig.trainers.tinywiki import test_world, tinywiki_suite, training_world
+
+    started = time.perf_counter()
+    train_world = training_world(settings.seed)
+    train_index = _indexed(train_world, out / "worlds" / "train")
+    unseen = test_world(settings.seed)
+    suite = tinywiki_suite(unseen, settings.questions, _indexed(unseen, out / "worlds" / "test"))
+    validation = tinywiki_suite(World(settings.seed + 500, "validation"), VALIDATION_QUESTIONS)
+    start = _warm_start(out, settings)
+    before = _evaluated(out / "before.json", start, suite, "before training")
+    runs: dict[str, dict[str, Any]] = {}
+    for name in recipes:
+        model = _trained(out / name, name, settings, start, train_world, train_index, validation)
+        runs[name] = {
+            "after": _evaluated(out / name / "after.json", model, suite, f"after {name}"),
+            "curve": [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()],
+        }
+    first = runs[recipes[0]]
+    report = {
+        "recipe": recipes[0],
+        "seed": settings.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "before": before,
+        "after": first["after"],
+        "curve": first["curve"],
+        "compare": {name: runs[name] for name in recipes[1:]},
+        "episodes": _shown_episodes(out / recipes[0], suite),
+    }
+    write_json(out / "report.json", report)
+    write_report(report, out / "report.html")
+    columns = {"before": before} | {f"after {name}": run["after"] for name, run in runs.items()}
+    console.print(evaluation_table("TinyWiki, sampled, entities never seen in training", columns))
+    console.print(f"{report['seconds']} s. Report: {out / 'report.html'}  figures: {out / 'report.json'}")
+    console.print(NEXT, highlight=False, soft_wrap=True)
+
+
+def _indexed(world: World, folder: Path) -> Bm25Index:
+    """The world's corpus as a file, and an index built from that file, as for any other corpus."""
+    from agentgym_ig.envs.tinywiki import TINYWIKI_BM25
+    from agentgym_ig.indexes.bm25 import Bm25Index
+    from agentgym_ig.indexes.corpus import read_corpus, write_corpus
+
+    if not (folder / "index").exists():
+        write_corpus(folder / "corpus.jsonl", world.passages)
+        Bm25Index.build(read_corpus(folder / "corpus.jsonl"), folder / "index", TINYWIKI_BM25)
+        console.print(f"{len(world.passages)} articles indexed: {folder}")
+    return Bm25Index.open(folder / "index")
+
+
+def _warm_start(out: Path, settings: Settings) -> str:
+    """The name or folder of the model to begin with."""
+    from agentgym_ig.trainers.checkpoint import save_model
+    from agentgym_ig.trainers.tinywiki import WARM_START
+
+    if not settings.from_scratch:
+        return WARM_START
+    folder = out / "warm_start"
+    if not folder.exists():
+        from agentgym_ig.trainers.warm_start import WarmStartConfig, warm_start
+
+        config = WarmStartConfig(seed=settings.seed)
+        with bar("warm start", config.steps) as advance:
+            model, tokenizer = warm_start(config, progress=lambda step, loss: advance(step + 1, f"loss {loss:.2f}"))
+        save_model(folder, model, tokenizer)
+    return str(folder)
+
+
+def _evaluated(path: Path, model: str, suite: Suite, what: str) -> dict[str, Any]:
+    """The model's figures on the suite, from the file if it has been evaluated already."""
+    from agentgym_ig.records import write_episodes, write_json
+    from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_policy
+
+    if not path.is_file():
+        policy = tiny_policy(*load_policy_model(model))
+        result = _evaluate_with_bar(policy, suite, what)
+        write_episodes(path.with_suffix(".episodes.jsonl"), result.episodes)
+        write_json(path, result.as_dict())
+    figures: dict[str, Any] = json.loads(path.read_text())
+    return figures
+
+
+def _evaluate_with_bar(policy: Any, suite: Suite, what: str) -> Evaluation:
+    from agentgym_ig.envs.evaluate import evaluate
+
+    with bar(what, sum(len(own) for own in suite.questions.values())) as advance:
+        return evaluate(policy, suite, progress=advance)
+
+
+def _trained(
+    out: Path, name: str, settings: Settings, start: str, world: World, index: Bm25Index, validation: Suite
+) -> str:
+    """The folder of the trained model; trains it, or goes on training it, if need be."""
+    from agentgym_ig.envs.evaluate import evaluate
+    from agentgym_ig.trainers.loop import METRICS_FILE, Run, train
+    from agentgym_ig.trainers.recipes import recipe
+    from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_config, tiny_policy, training_env
+
+    folder = out / "model"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    config = tiny_config(settings.seed, settings.steps)
+    env = training_env(world, config.questions_per_step * config.group_size, index)
+    policy = tiny_policy(*load_policy_model(start))
+    run = Run(policy, env, recipe(name), name, config, out, lambda p: evaluate(p, validation).domains())
+    with bar(f"training {name}", settings.steps) as advance:
+        train(
+            run,
+            resume=(out / METRICS_FILE).exists(),
+            progress=lambda done, metrics: advance(done, f"EM {metrics.get('em', 0):.2f}"),
+        )
+    return str(folder)
+
+
+def _shown_episodes(run: Path, suite: Suite) -> list[dict[str, Any]]:
+    """Three episodes of the trained policy with their belief: one won in-domain, one won out-of-domain, one lost."""
+    from agentgym_ig.answers import score
+    from agentgym_ig.envs.evaluate import suite_datasets
+    from agentgym_ig.records import read_episodes, to_json
+    from agentgym_ig.trainers.scoring import Scorer
+    from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_policy
+
+    episodes = read_episodes(run / "after.episodes.jsonl")
+    domains = suite_datasets(suite.name)
+
+    def first(domain: str, won: bool) -> list[Any]:
+        found = [
+            episode
+            for episode in episodes
+            if domains[episode.question.dataset] == domain
+            and bool(score("em", episode.answer, episode.question.answers)) == won
+            and len(episode.turns) > 1
+        ]
+        return sorted(found, key=lambda episode: -len(episode.turns))[:1]
+
+    shown = first("in_domain", True) + first("out_of_domain", True) + first("out_of_domain", False)
+    policy = tiny_policy(*load_policy_model(str(run / "model")))
+    scorer = Scorer(policy.model, policy.encoder, suite.rules.texts)
+    return [to_json(episode) | {"domain": domains[episode.question.dataset]} for episode in scorer.with_beliefs(shown)]

@@ -1,0 +1,21 @@
+"""The errors that a caller may want to catch. Everything else that goes wrong is a built-in exception."""
+
+
+class AgentGymError(Exception):
+    """Root of this package's own errors; its message is meant to be shown to the user as it stands."""
+
+
+class SearchFailed(AgentGymError):
+    """A search that could not be carried out. The environments end that episode and leave it out of the update."""
+
+
+class CorpusError(AgentGymError, ValueError):
+    """A corpus or question file with a line that cannot be used; the message names file and line."""
+
+
+class IndexUnusable(AgentGymError):
+    """An index folder that is missing, damaged or of another version; the message says how to build one."""
+
+
+class CheckpointError(AgentGymError):
+    """A checkpoint that does not fit the run that wants to go on from it."""

@@ -1,0 +1,149 @@
+"""The words that every other module shares: passages, questions, conversations, turns and trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+Role = Literal["user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrievable text."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result: a passage and its score (higher is better; the scale is the backend's own)."""
+
+    passage: Passage
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, every answer that counts as right, and, where known, the passages that support it."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    dataset: str
+    supporting: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError(f"question {self.id!r} has no text")
+        if not any(answer.strip() for answer in self.answers):
+            raise ValueError(f"question {self.id!r} has no answer; give at least one non-empty string")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One entry of a conversation.
+
+    `token_ids` are set where a policy wrote the message itself: those very ids are shown to it again and
+    trained on, and its text is never tokenised a second time.
+    """
+
+    role: Role
+    text: str
+    token_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """All that a policy may see of one episode, and the seed that all its random draws come from."""
+
+    messages: tuple[Message, ...]
+    seed: int = 0
+
+    @property
+    def turn(self) -> int:
+        """How many actions have been taken so far."""
+        return sum(message.role == "assistant" for message in self.messages)
+
+    def plus(self, *messages: Message) -> Conversation:
+        """The same episode, longer."""
+        return Conversation((*self.messages, *messages), self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What a policy did in one turn: the text, and for a policy that can be trained its tokens.
+
+    `token_ids` and `logprobs` (nats, under the distribution that was sampled from) have one entry per
+    sampled token; both are empty for a policy that gives text alone.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
+class Stop(StrEnum):
+    """Why an episode ended."""
+
+    ANSWERED = "answered"
+    MAX_TURNS = "max_turns"
+    SEARCH_FAILED = "search_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One action and the environment's reply. `observation` is empty when the episode ended with the action.
+
+    `rewards` holds this turn's channels by name. `retrieved` are the ids of the passages that the reply shows.
+    """
+
+    action: Action
+    observation: str
+    rewards: Mapping[str, float]
+    retrieved: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """The record of one episode. `group` is shared by the episodes of one question in one batch.
+
+    `belief` holds the value of the gold answer before the first turn and after every search (so one entry
+    more than there are gains); it is empty until a scorer has filled it.
+    """
+
+    question: Question
+    prompt: str
+    turns: tuple[Turn, ...]
+    stop: Stop
+    group: int
+    seed: int
+    answer: str | None = None
+    belief: tuple[float, ...] = ()
+
+    @property
+    def conversation(self) -> Conversation:
+        """The whole episode as the policy saw it, its own words included."""
+        messages = [Message("user", self.prompt)]
+        for turn in self.turns:
+            messages.append(Message("assistant", turn.action.text, turn.action.token_ids or None))
+            if turn.observation:
+                messages.append(Message("tool", turn.observation))
+        return Conversation(tuple(messages), self.seed)
+
+    def channel(self, name: str) -> list[float | None]:
+        """The channel's value for every turn, None where the turn has none."""
+        return [turn.rewards.get(name) for turn in self.turns]
+
+    def total(self, name: str) -> float:
+        """The sum of a channel over the turns that have it."""
+        return sum(value for value in self.channel(name) if value is not None)
+
+
+def texts(passages: Sequence[Passage]) -> list[str]:
+    """Title and text of each passage, as they are indexed."""
+    return [f"{passage.title}\n{passage.text}" for passage in passages]

@@ -1,0 +1,209 @@
+"""The command line, run as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentgym_ig.commands.main import main
+from agentgym_ig.envs.evaluate import SUITES
+from agentgym_ig.lm.tiny import tiny_model, tiny_tokenizer
+from agentgym_ig.records import read_episodes
+from agentgym_ig.trainers import RECIPES
+from tests.fakes import PASSAGES, QUESTIONS
+
+Command = Any
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs `agentgym-ig` with arguments; gives its exit status and all that it printed."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["agentgym-ig", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A corpus and question files as a user has them."""
+    rows = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "questions").mkdir()
+    for dataset in ("hotpotqa", "musique"):
+        asked = [
+            {"id": q.id, "dataset": dataset, "question": q.text, "answers": q.answers, "supporting": q.supporting}
+            for q in QUESTIONS
+        ]
+        (tmp_path / "questions" / f"{dataset}.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    return tmp_path
+
+
+def test_index_build_and_search(command: Command, toy: Path) -> None:
+    code, printed = command("index", "build", "--corpus", toy / "corpus.jsonl", "--out", toy / "index")
+    assert code == 0, printed
+    assert "3 passages indexed" in printed
+    code, printed = command("index", "search", "capital of Poland", "zzz", "--index", toy / "index", "--k", 1)
+    assert code == 0, printed
+    assert "Warsaw" in printed
+    assert "nothing found" in printed
+
+
+def test_the_build_script_is_the_same_command(toy: Path) -> None:
+    script = Path(__file__).parent.parent / "data_scripts" / "build_bm25.py"
+    done = subprocess.run(
+        [sys.executable, script, "--corpus", toy / "corpus.jsonl", "--out", toy / "index"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (toy / "index" / "manifest.json").is_file()
+    (toy / "corpus.jsonl").write_text("nonsense\n")
+    done = subprocess.run(
+        [sys.executable, script, "--corpus", toy / "corpus.jsonl", "--out", toy / "second"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "corpus.jsonl:1" in done.stdout
+
+
+@pytest.fixture
+def indexed(command: Command, toy: Path) -> Path:
+    assert command("index", "build", "--corpus", toy / "corpus.jsonl", "--out", toy / "index")[0] == 0
+    return toy
+
+
+def eval_toy(command: Command, toy: Path, *more: object) -> tuple[int, str]:
+    asked = ("--suite", "igpo", "--questions", toy / "questions", "--index", toy / "index")
+    return command("eval", *asked, "--out", toy / "figures.json", *more)  # type: ignore[no-any-return]
+
+
+def test_eval_of_a_scripted_policy(command: Command, indexed: Path) -> None:
+    code, printed = eval_toy(command, indexed, "--policy", "oracle", "--episodes", indexed / "episodes.jsonl")
+    assert code == 0, printed
+    assert "in-domain" in printed
+    figures = json.loads((indexed / "figures.json").read_text())
+    assert figures["in_domain"] == figures["out_of_domain"] == {"em": 1.0, "f1": 1.0}
+    assert figures["datasets"]["hotpotqa"]["recall"] == 1.0
+    assert len(read_episodes(indexed / "episodes.jsonl")) == 4
+
+
+def test_rollout_training_and_evaluation_of_a_model_from_disk(command: Command, indexed: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_model(3).save_pretrained(indexed / "model")
+    tokenizer.save_pretrained(indexed / "model")
+    code, printed = eval_toy(command, indexed, "--model", indexed / "model", "--max-new-tokens", 4, "--max-turns", 2)
+    assert code == 0, printed
+    train = ["train", "--model", indexed / "model", "--suite", "igpo", "--questions", indexed / "questions"]
+    train += ["--index", indexed / "index", "--out", indexed / "run", "--steps", 2, "--questions-per-step", 2]
+    train += ["--group-size", 2, "--max-new-tokens", 4, "--max-turns", 2, "--recipe", "igpo"]
+    code, printed = command(*train)
+    assert code == 0, printed
+    code, printed = eval_toy(
+        command, indexed, "--model", indexed / "run" / "model", "--max-new-tokens", 4, "--max-turns", 2
+    )
+    assert code == 0, printed
+    code, printed = command(*train)
+    assert code == 1
+    assert "--resume" in printed
+
+
+def test_quickstart_end_to_end_and_again(command: Command, tmp_path: Path) -> None:
+    arguments = ("quickstart", "--out", tmp_path / "q", "--steps", 10, "--questions", 8, "--compare")
+    code, printed = command(*arguments)
+    assert code == 0, printed
+    report = json.loads((tmp_path / "q" / "report.json").read_text())
+    assert {"recipe", "seed", "seconds", "before", "after"} <= set(report)
+    assert (report["recipe"], report["seed"]) == ("igpo", 0)
+    for when in ("before", "after"):
+        for domain in ("in_domain", "out_of_domain"):
+            assert set(report[when][domain]) == {"em", "f1"}
+    assert list(report["compare"]) == ["grpo"]
+    assert 1 <= len(report["episodes"]) <= 3
+    assert all(len(e["belief"]) == len(e["turns"]) for e in report["episodes"])
+    assert "after grpo" in printed
+    assert "Next, with a real model" in printed
+    page = (tmp_path / "q" / "report.html").read_text()
+    assert "<svg" in page
+    assert "src=" not in page
+    stamp = (tmp_path / "q" / "igpo" / "model" / "model.safetensors").stat().st_mtime_ns
+    code, printed = command(*arguments)
+    assert code == 0, printed
+    assert (tmp_path / "q" / "igpo" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+    code, printed = command(*arguments, "--seed", 1)
+    assert code == 1
+    assert "give another --out" in printed
+
+
+@pytest.mark.slow
+def test_a_quickstart_interrupted_anywhere_goes_on_to_the_same_figures(tmp_path: Path) -> None:
+    base = [sys.executable, "-m", "agentgym_ig", "quickstart", "--steps", "10", "--questions", "8", "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "250"}
+    subprocess.run([*base, tmp_path / "alone"], check=True, capture_output=True, env=environment)
+    reached = iter(["worlds/test/index/manifest.json", "before.json", "igpo/metrics.jsonl", "igpo/model/config.json"])
+    for sign in reached:
+        process = subprocess.Popen(
+            [*base, tmp_path / "cut"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
+        while not (tmp_path / "cut" / sign).exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=120)[0].decode()
+        assert process.returncode in (0, 130), output
+        if process.returncode == 130:
+            assert f"agentgym-ig quickstart --out {tmp_path / 'cut'}" in output
+    subprocess.run([*base, tmp_path / "cut"], check=True, capture_output=True, env=environment)
+    reports = [json.loads((tmp_path / part / "report.json").read_text()) for part in ("alone", "cut")]
+    assert reports[0]["after"] == reports[1]["after"]
+    assert reports[0]["episodes"] == reports[1]["episodes"]
+
+
+def test_mistakes_end_in_one_line_that_says_what_to_type(command: Command, indexed: Path) -> None:
+    questions = ("--questions", indexed / "questions", "--index", indexed / "index")
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    tiny_model().save_pretrained(indexed / "bare")
+    bare.save_pretrained(indexed / "bare")
+    (indexed / "bad.jsonl").write_text('{"id": "1", "title": "a", "text": "b"}\n{"id": ')
+    mistakes = {
+        ("index", "search", "x", "--index", indexed / "none"): "agentgym-ig index build --corpus",
+        ("index", "build", "--corpus", indexed / "bad.jsonl", "--out", indexed / "i2"): "bad.jsonl:2",
+        ("index", "build", "--corpus", indexed / "none.jsonl", "--out", indexed / "i2"): "no file",
+        ("eval", "--suite", "nope"): ", ".join(sorted(SUITES)),
+        ("eval", "--suite", "igpo"): "needs --questions FOLDER",
+        ("eval", "--suite", "igpo", "--questions", indexed, "--index", indexed / "index"): "holds none of nq.jsonl",
+        ("eval", "--suite", "igpo", *questions, "--model", indexed / "none"): "no such folder here",
+        ("eval", "--suite", "igpo", *questions, "--model", indexed / "bare"): "no chat template",
+        ("eval", "--suite", "igpo", *questions, "--prompt", "nope"): "search-r1, tinywiki",
+        ("train", "--recipe", "nope", "--out", indexed / "r"): ", ".join(sorted(RECIPES)),
+        ("train", "--out", indexed / "r", "--resume"): "no run to resume",
+        ("quickstart", "--recipe", "nope", "--out", indexed / "q"): ", ".join(sorted(RECIPES)),
+    }
+    for arguments, message in mistakes.items():
+        code, printed = command(*arguments)
+        assert code == 1, (arguments, printed)
+        assert message in printed.replace("\n", " "), (arguments, printed)
+        assert "Traceback" not in printed
+
+
+def test_help_lists_the_commands(command: Command) -> None:
+    code, printed = command("--help")
+    assert code == 0
+    for name in ("index", "eval", "train", "quickstart"):
+        assert name in printed

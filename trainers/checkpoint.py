@@ -1,0 +1,120 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped, in safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from agentgym_ig.errors import CheckpointError
+
+FORMAT = 1
+KEEP = 2
+"""Checkpoints kept of a run."""
+
+
+def model_fingerprint(model: Any) -> str:
+    """A digest of the names, shapes and types of all weights: equal for models that can take each other's."""
+    shapes = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in sorted(model.state_dict().items())]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> Path:
+    """Write `folder/step-XXXXXX`; it appears only when it is whole. Older ones past the last `KEEP` go.
+
+    The model part can be loaded with `AutoModelForCausalLM.from_pretrained`.
+    """
+    target = folder / f"step-{step:06d}"
+    partial = _empty(folder / ".partial")
+    _write_model(partial, model, tokenizer)
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{name}": value.contiguous() for i, own in state["state"].items() for name, value in own.items()}
+    save_file(tensors, partial / "optimizer.safetensors")
+    about = {
+        "format": FORMAT,
+        "step": step,
+        "settings": settings,
+        "model": model_fingerprint(model),
+        "param_groups": state["param_groups"],
+    }
+    (partial / "state.json").write_text(json.dumps(about, indent=1) + "\n")
+    _put(partial, target)
+    for old in checkpoints(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return target
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Model and tokenizer in the layout of the Hugging Face hub. The folder is replaced, and only by a whole one."""
+    partial = _empty(folder.with_name(f".{folder.name}.partial"))
+    _write_model(partial, model, tokenizer)
+    _put(partial, folder)
+
+
+def _write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _put(partial: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    return sorted(path.parent for path in folder.glob("step-*/state.json"))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint. Raises CheckpointError when it is missing, damaged or of another format."""
+    path = folder / "state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        found = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is no usable checkpoint ({error!r}); delete it to go on from an older one"
+        ) from error
+    if found != FORMAT:
+        raise CheckpointError(f"{folder} is of format {found}, wanted {FORMAT}; it was written by another version")
+    return state
+
+
+def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> int:
+    """Load a checkpoint's weights and optimiser state into place; returns the steps done.
+
+    Raises CheckpointError when it is of another model, or of a run with other settings.
+    """
+    state = read_state(folder)
+    if state["model"] != model_fingerprint(model):
+        raise CheckpointError(
+            f"{folder} is of another model than the one given; name the model that the run began with"
+        )
+    different = sorted(key for key in settings | state["settings"] if settings.get(key) != state["settings"].get(key))
+    if different:
+        was = ", ".join(f"{key}={state['settings'].get(key)!r} (now {settings.get(key)!r})" for key in different)
+        raise CheckpointError(
+            f"{folder} is of a run with other settings: {was}; repeat them, or start in another folder"
+        )
+    loaded = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())
+    own: dict[int, dict[str, Any]] = {}
+    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+        place, _, key = name.partition(".")
+        own.setdefault(int(place), {})[key] = tensor
+    optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
+    return int(state["step"])
