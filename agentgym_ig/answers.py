@@ -62,14 +62,14 @@ METRICS = tuple(_METRICS)
 
 
 def score(metric: str, prediction: str | None, answers: Iterable[str]) -> float:
-    """The metric's best value over all answers, in [0, 1].
+    """The metric's best value over all answers, in [0, 1]; 0 for a prediction of None.
 
-    A prediction of None, or of punctuation alone, is worth 0, and an accepted answer of that kind matches nothing.
+    Where normalising leaves nothing (punctuation, or for SQuAD an article alone) the official scorers' behaviour is
+    kept: two such texts are an exact match; their F1 is 1 for SQuAD and 0 for IGPO.
     Raises ValueError for a metric that does not exist.
     """
     if metric not in _METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
-    if prediction is None or not normalise_igpo(prediction):
+    if prediction is None:
         return 0.0
-    usable = (answer for answer in answers if normalise_igpo(answer))
-    return max((_METRICS[metric](prediction, answer) for answer in usable), default=0.0)
+    return max((_METRICS[metric](prediction, answer) for answer in answers), default=0.0)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agentgym_ig import oracle, search_once
@@ -117,9 +118,17 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures here a
         figures["policies"] = play(asked)
         figures["info_gain"] = information_gain(asked)
     console.print(figures["index"])
-    table = Table(
-        "dataset", "n", "recall@10", "oracle recall", "oracle EM", "oracle F1", "search-once recall", "gain (nats)"
+    headings = (
+        "dataset",
+        "n",
+        "recall@10",
+        "oracle recall",
+        "oracle EM",
+        "oracle F1",
+        "search-once recall",
+        "gain (nats)",
     )
+    table = Table(*headings, box=SIMPLE_HEAD)
     for name, row in figures["policies"]["oracle"]["datasets"].items():
         once = figures["policies"]["search-once"]["datasets"][name]
         shown = [figures["recall@10"].get(name), row.get("recall"), row["em"], row["f1"], once.get("recall")]

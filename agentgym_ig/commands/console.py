@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -54,12 +55,12 @@ def bar(description: str, total: int | None) -> Iterator[Any]:
 
 def evaluation_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
     """EM and F1 per dataset and domain. columns: heading → an evaluation as `Evaluation.as_dict` gives it."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("dataset")
-    table.add_column("domain")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("dataset", no_wrap=True)
+    table.add_column("domain", no_wrap=True)
     for heading in columns:
-        table.add_column(f"{heading}\nEM", justify="right")
-        table.add_column(f"{heading}\nF1", justify="right")
+        table.add_column(f"{heading}\nEM".strip(), justify="right")
+        table.add_column(f"{heading}\nF1".strip(), justify="right")
     first = next(iter(columns.values()))
     for name, row in first["datasets"].items():
         cells = [_percent(column["datasets"][name][metric]) for column in columns.values() for metric in ("em", "f1")]
