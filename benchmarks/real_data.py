@@ -26,7 +26,7 @@ from rich.table import Table
 
 from agentgym_ig import oracle, search_once
 from agentgym_ig.commands.console import console
-from agentgym_ig.commands.parts import open_suite, titles_of, use_one_thread
+from agentgym_ig.commands.parts import open_suite, prepare_for_small_models, titles_of
 from agentgym_ig.envs import Start, Suite, evaluate, prompts_of, rollout
 from agentgym_ig.indexes import Bm25Index, read_corpus
 from agentgym_ig.records import write_json
@@ -106,7 +106,7 @@ def information_gain(asked: Suite, per_dataset: int = 6) -> dict[str, Any]:
 
 def main(out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None) -> None:
     """Run everything and print it."""
-    use_one_thread()
+    prepare_for_small_models()
     with tempfile.TemporaryDirectory() as scratch:
         figures: dict[str, Any] = {
             "date": date.today().isoformat(),

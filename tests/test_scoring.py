@@ -1,6 +1,7 @@
 """Beliefs: the packed pass against a forward pass for every single one, and what must not change them."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from agentgym_ig import combine_aliases
+from agentgym_ig.envs import InfoGain, SearchEnv
 from agentgym_ig.lm.encode import ConversationEncoder
 from agentgym_ig.lm.tiny import tiny_tokenizer
 from agentgym_ig.text import PROMPTS
 from agentgym_ig.trainers import Scorer, pad, token_logprobs
 from agentgym_ig.types import Conversation, Message
-from tests.tiny import FAMILIES, play, shipped_policy, untrained
+from tests.tiny import FAMILIES, play, shipped_policy, tiny_env, untrained
 
 ENCODER = ConversationEncoder(tiny_tokenizer())
 ANSWERS = ["employer Amber Ashford", "Amber Ashford", "U.S.", "東京", "1984"]
@@ -135,3 +137,20 @@ def test_aliases_golden() -> None:
 def test_logsumexp_lies_between_the_best_and_all_of_them_as_good(beliefs: list[float]) -> None:
     value = combine_aliases(beliefs, "logsumexp")
     assert max(beliefs) - 1e-9 <= value <= max(beliefs) + math.log(len(beliefs)) + 1e-9
+
+
+def test_the_wrapper_reads_the_same_gains_turn_by_turn() -> None:
+    policy = shipped_policy()
+    scorer = Scorer(policy.model, policy.encoder, PROMPTS["tinywiki"])
+    vector = tiny_env()
+    env = InfoGain(SearchEnv(vector.index, list(vector.questions.values()), vector.rules), scorer.beliefs)
+    _, info = env.reset(seed=4)
+    question = env.search.questions[info["question"]]
+    words = question.text.rstrip("?").split()
+    script = [f"<search>{' '.join(words[-3:])}</search>", "oops", f"<search>star {' '.join(words[-2:])}</search>"]
+    gains = [env.step(action)[4]["rewards"]["info_gain"] for action in script]
+    assert env.search.episode is not None
+    reference = scorer.reference_beliefs(env.search.episode.conversation, question.answers[:1])
+    steps = [after[0] - before[0] for before, after in pairwise(reference)]
+    assert gains == pytest.approx(steps, abs=1e-4)
+    assert max(map(abs, gains)) > 0.1

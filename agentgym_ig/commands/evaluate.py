@@ -46,13 +46,13 @@ def evaluate(
     device: DeviceOption = "cpu",
 ) -> None:
     """Evaluate a policy on a suite."""
-    from agentgym_ig.commands.parts import open_policy, open_suite, use_one_thread
+    from agentgym_ig.commands.parts import open_policy, open_suite, prepare_for_small_models
     from agentgym_ig.envs.evaluate import evaluate as run_evaluation
     from agentgym_ig.records import write_episodes, write_json
 
     asked = open_suite(suite, questions, index, limit, rules_set_by_user(top_k, max_turns, prompt), seed)
     if suite == "tinywiki":
-        use_one_thread()
+        prepare_for_small_models()
         max_new_tokens = min(max_new_tokens, 16)
     name = model or policy
     acting = open_policy(name, asked, device=device, temperature=temperature, max_new_tokens=max_new_tokens)

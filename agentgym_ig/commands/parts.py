@@ -24,13 +24,17 @@ SCRIPTED = ("oracle", "search-once", "random")
 """Policies by name that need no model."""
 
 
-def use_one_thread() -> None:
-    """Keep torch on one thread: for small models a second one costs more than it brings, and beside a busy
-    neighbour up to a hundred times more.
+def prepare_for_small_models() -> None:
+    """One torch thread, and no bars for weights that load in a blink.
+
+    For small models a second thread costs more than it brings, and beside a busy neighbour up to a hundred times
+    more.
     """
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
 
 
 def open_suite(

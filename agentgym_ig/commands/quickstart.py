@@ -55,10 +55,10 @@ def quickstart(
     ] = False,
 ) -> None:
     """Build TinyWiki and its index, evaluate the small policy, train it, evaluate again, write a report."""
-    from agentgym_ig.commands.parts import use_one_thread
+    from agentgym_ig.commands.parts import prepare_for_small_models
     from agentgym_ig.trainers.recipes import recipe as recipe_by_name
 
-    use_one_thread()
+    prepare_for_small_models()
     recipe_by_name(recipe)
     settings = Settings(recipe, seed, steps, questions, from_scratch)
     _claim(out, settings)

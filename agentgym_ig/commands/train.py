@@ -47,7 +47,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
 ) -> None:
     """Train a model; writes metrics.jsonl, checkpoints and, at the end, the model."""
-    from agentgym_ig.commands.parts import open_training, use_one_thread
+    from agentgym_ig.commands.parts import open_training, prepare_for_small_models
     from agentgym_ig.lm.policy import TransformersPolicy
     from agentgym_ig.trainers.loop import Run
     from agentgym_ig.trainers.loop import train as run_training
@@ -65,7 +65,7 @@ def train(
         "save_every": save_every,
     }
     if suite == "tinywiki":
-        use_one_thread()
+        prepare_for_small_models()
         max_new_tokens = min(max_new_tokens, 16)
     overrides = rules_set_by_user(top_k, max_turns, prompt)
     config, env = open_training(suite, questions, index, overrides, given, seed)
