@@ -19,3 +19,15 @@ class IndexUnusable(AgentGymError):
 
 class CheckpointError(AgentGymError):
     """A checkpoint that does not fit the run that wants to go on from it."""
+
+
+class SearchTimeout(SearchFailed):
+    """No endpoint answered in time."""
+
+
+class SearchUnavailable(SearchFailed):
+    """No endpoint could be reached, or all of them answered with a server error."""
+
+
+class SearchRefused(SearchFailed):
+    """The server will not answer this request, now or later: it is wrong, too large, or not allowed."""

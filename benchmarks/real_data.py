@@ -29,6 +29,7 @@ from agentgym_ig.commands.console import console
 from agentgym_ig.commands.parts import open_suite, prepare_for_small_models, titles_of
 from agentgym_ig.envs import Start, Suite, evaluate, prompts_of, rollout
 from agentgym_ig.indexes import Bm25Index, read_corpus
+from agentgym_ig.indexes.evaluate import evaluate_retrieval
 from agentgym_ig.records import write_json
 from agentgym_ig.trainers import Scorer
 from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model, tiny_policy
@@ -52,16 +53,11 @@ def suite(folder: Path) -> Suite:
 
 def recall_at_10(asked: Suite) -> dict[str, float]:
     """Per dataset, the mean share of a question's supporting passages among the ten best for its own words."""
-    shares: dict[str, float] = {}
-    for dataset, questions in asked.questions.items():
-        supported = [question for question in questions if question.supporting]
-        if supported:
-            found = asked.index.search([question.text for question in supported], 10)
-            hits = [{hit.passage.id for hit in own} for own in found]
-            rows = zip(supported, hits, strict=True)
-            share = [len(own & set(q.supporting)) / len(set(q.supporting)) for q, own in rows]
-            shares[dataset] = round(sum(share) / len(share), 4)
-    return shares
+    return {
+        dataset: round(evaluate_retrieval(asked.index, questions, [10])["recall"]["10"], 4)
+        for dataset, questions in asked.questions.items()
+        if any(question.supporting for question in questions)
+    }
 
 
 def play(asked: Suite) -> dict[str, Any]:

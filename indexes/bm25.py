@@ -199,3 +199,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if size != entry["bytes"]:
             raise IndexUnusable(f"{folder / name} has {size} bytes, wanted {entry['bytes']}; build it anew: {build}")
     return manifest
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Names of the index's files whose content is not what the manifest says. Reads all of them."""
+    manifest = read_manifest(folder)
+    return [name for name, entry in manifest["files"].items() if sha256(folder / name) != entry["sha256"]]

@@ -1,4 +1,4 @@
-"""`agentgym-ig index`: build and search indexes."""
+"""`agentgym-ig index`: build, check, search, evaluate and serve indexes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 
 from agentgym_ig.commands.console import bar, console, interruptible
+from agentgym_ig.errors import AgentGymError
 
-app = typer.Typer(no_args_is_help=True, help="Build and search indexes.")
+IndexArgument = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
+
+app = typer.Typer(no_args_is_help=True, help="Build, check, search, evaluate and serve indexes.")
 
 
 @app.command()
@@ -36,6 +40,87 @@ def build(
 
         index = Bm25Index.build(read_corpus(corpus), out, settings, progress=progress)
     console.print(f"{len(index):,} passages indexed in {time.perf_counter() - started:.1f} s: {out}")
+
+
+@app.command()
+def info(index: IndexArgument) -> None:
+    """Show what an index was made of."""
+    from agentgym_ig.indexes.bm25 import read_manifest
+
+    console.print_json(data=read_manifest(index))
+
+
+@app.command()
+def verify(index: IndexArgument) -> None:
+    """Read every file of an index and compare it with the manifest, byte for byte."""
+    from agentgym_ig.indexes.bm25 import damaged_files, read_manifest
+
+    damaged = damaged_files(index)
+    if damaged:
+        console.print(f"[red]damaged:[/] {', '.join(damaged)}; build the index anew")
+        raise typer.Exit(1)
+    console.print(f"{len(read_manifest(index)['files'])} files as they were built")
+
+
+@app.command("eval")
+def evaluate(
+    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    questions: Annotated[list[Path], typer.Option(help="Question files; give the option once for each.")],
+    k: Annotated[str, typer.Option(help="Numbers of passages, with commas.")] = "1,3,5,10",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Recall of the supporting passages, with each question's own words as the query."""
+    from rich.table import Table
+
+    from agentgym_ig.indexes.bm25 import Bm25Index
+    from agentgym_ig.indexes.corpus import read_questions
+    from agentgym_ig.indexes.evaluate import evaluate_retrieval
+
+    try:
+        wanted = sorted({int(number) for number in k.split(",")})
+    except ValueError as error:
+        raise ValueError(f"--k {k!r}: give whole numbers with commas, such as 1,3,5,10") from error
+    asked = [question for path in questions for question in read_questions(path)]
+    figures = evaluate_retrieval(Bm25Index.open(index), asked, wanted)
+    if as_json:
+        console.print_json(data=figures)
+        return
+    table = Table(*("measure", *(f"@{number}" for number in wanted)), box=SIMPLE_HEAD)
+    for measure in ("recall", "all_gold", "answer"):
+        table.add_row(measure, *(f"{figures[measure][str(number)]:.3f}" for number in wanted))
+    console.print(f"{figures['questions']:,} questions with supporting passages")
+    console.print(table)
+
+
+@app.command()
+def serve(
+    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other machines reach it only if you name one.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="AGENTGYM_IG_TOKEN", help="Ask for this bearer token.", show_envvar=True)
+    ] = None,
+    max_queries: Annotated[int, typer.Option(help="Queries per request.")] = 1024,
+    max_k: Annotated[int, typer.Option(help="Passages per query.")] = 1000,
+) -> None:
+    """Serve an index over HTTP, as Search-R1's retrieval server does (POST /retrieve)."""
+    try:
+        import uvicorn
+
+        from agentgym_ig.indexes.server import Limits, create_app
+    except ModuleNotFoundError as error:
+        raise AgentGymError(
+            f"{error.name} is missing; install the server: pip install 'agentgym_ig[server]'"
+        ) from error
+    from agentgym_ig.indexes.bm25 import Bm25Index
+
+    opened = Bm25Index.open(index)
+    opened.search(["warm up"], 1)  # the first search maps the files and, for large indexes, compiles
+    served = create_app(opened, limits=Limits(queries=max_queries, k=max_k), token=token)
+    console.print(f"{len(opened):,} passages on http://{host}:{port}/retrieve; stop with Ctrl-C")
+    uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
 
 
 @app.command()
