@@ -149,6 +149,8 @@ class Bm25Index:
             every: NDArray[Any] = self._scores.get_scores(words)
             rows = np.flatnonzero(every >= scores[k])
             scores = every[rows]
+        else:
+            rows, scores = rows[:k], scores[:k]
         hits = [
             Hit(self._passages[int(row)], float(score)) for row, score in zip(rows, scores, strict=True) if score > 0
         ]
