@@ -72,7 +72,7 @@ class PackedBatch:
 
     Columns are the trunk's tokens, then those of every branch; S is their padded number.
     ids, positions (B, S) long; allowed (B, S, S) bool, whether a row's token may look at a column's;
-    source (B, S) long, the column whose output predicts this column's token; trunk (B, S) bool.
+    source (B, S) long, the column whose output predicts this column's token.
     branch (B, S) long, the number of the branch whose scored token stands there, or -1.
     """
 
@@ -80,7 +80,6 @@ class PackedBatch:
     positions: Tensor
     allowed: Tensor
     source: Tensor
-    trunk: Tensor
     branch: Tensor
 
 
@@ -104,7 +103,7 @@ def pack(
     sees_itself &= owner[:, :, None] != -1
     # Padding looks at itself, or its softmax would be over nothing.
     allowed = sees_trunk | sees_itself | torch.eye(width, dtype=torch.bool)
-    packed = (ids, positions, allowed, source, owner == -1, scored)
+    packed = (ids, positions, allowed, source, scored)
     return PackedBatch(*(tensor.to(device) for tensor in packed))
 
 

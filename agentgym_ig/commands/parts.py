@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from agentgym_ig.envs.search import SearchVectorEnv
     from agentgym_ig.trainers.loop import TrainConfig
 
-SCRIPTED = ("oracle", "search-once", "random")
-"""Policies by name that need no model."""
-
 
 def prepare_for_small_models() -> None:
     """One torch thread, and no bars for weights that load in a blink.
@@ -106,7 +103,7 @@ def open_training(
 
 
 def open_policy(name: str, suite: Suite, *, device: str, temperature: float, max_new_tokens: int) -> Policy:
-    """A policy by name: one of `SCRIPTED`, or a model's name or folder."""
+    """A policy by name: `oracle`, `search-once`, `random`, or a model's name or folder."""
     env = suite.env(1)
     if name == "random":
         return RandomPolicy()
