@@ -64,12 +64,7 @@ class Episode:
         self._action: Search | Answer | Malformed = Malformed("no action yet")
 
     def ask(self, action: str) -> tuple[str, ...]:
-        """Read an action; return the queries that its turn needs (none, when it does not search or may not).
-
-        Raises TypeError for an action that is no string.
-        """
-        if not isinstance(action, str):
-            raise TypeError(f"the action is a {type(action).__name__}, wanted a string such as '<search>…</search>'")
+        """Read an action; return the queries that its turn needs (none, when it does not search or may not)."""
         self._action = parse_action(action)
         self.conversation = self.conversation.plus(Message("assistant", action))
         searches = isinstance(self._action, Search) and self.conversation.turn < self.rules.max_turns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import gymnasium
@@ -39,23 +40,30 @@ def _known(questions: Mapping[str, Question], asked: str) -> Question:
 
 
 def search_and_reply(index: Index, rules: Rules, episodes: Sequence[Episode], actions: Sequence[str]) -> list[Reply]:
-    """One turn of several episodes with a single search for all of their queries."""
+    """One turn of several episodes with a single search for all of their queries.
+
+    Raises TypeError for an action that is no string, before any episode has changed, and ValueError for an index
+    that does not answer every query.
+    """
+    for action in actions:
+        if not isinstance(action, str):
+            raise TypeError(f"the action is a {type(action).__name__}, wanted a string such as '<search>…</search>'")
     asked = [episode.ask(action) for episode, action in zip(episodes, actions, strict=True)]
     queries = [query for own in asked for query in own]
-    found: list[list[Hit]] | None = []
+    found: list[list[Hit]] = []
+    failed = False
     if queries:
         try:
             found = index.search(queries, rules.top_k)
         except SearchFailed:
-            found = None
-    replies: list[Reply] = []
-    for episode, own in zip(episodes, asked, strict=True):
-        if found is None and own:
-            replies.append(episode.reply(None))
-        else:
-            replies.append(episode.reply((found or [])[: len(own)]))
-            found = found[len(own) :] if found is not None else None
-    return replies
+            failed = True
+    if not failed and len(found) != len(queries):
+        raise ValueError(f"the index gave {len(found)} results for {len(queries)} queries; wanted one each")
+    results = iter(found)
+    return [
+        episode.reply(None if failed and own else list(islice(results, len(own))))
+        for episode, own in zip(episodes, asked, strict=True)
+    ]
 
 
 class SearchEnv(gymnasium.Env[str, str]):

@@ -246,6 +246,11 @@ def test_wrong_use_says_what_is_wrong() -> None:
     vector.reset(seed=0)
     with pytest.raises(ValueError, match="2 actions for 1 environments"):
         vector.step(["a", "b"])
+    several = SearchVectorEnv(ListIndex(), QUESTIONS, 2)
+    several.reset(seed=0)
+    with pytest.raises(TypeError, match="the action is a NoneType"):
+        several.step(["<search>a</search>", None])  # type: ignore[list-item]
+    assert [episode.conversation.turn for episode in several.episodes] == [0, 0]
     with pytest.raises(TypeError, match="wraps a SearchEnv"):
         InfoGain(gymnasium.Env(), beliefs)  # type: ignore[arg-type]
 

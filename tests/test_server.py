@@ -218,14 +218,14 @@ def test_what_is_accepted_is_answered_before_the_server_stops(folder: Path) -> N
             return 0, 0.0  # came when the door was shut
 
     with serving(folder) as (address, process), ThreadPoolExecutor(16) as pool:
-        asked = [pool.submit(ask, address) for _ in range(32)]
+        asked = [pool.submit(ask, address) for _ in range(64)]
         while not any(own.done() for own in asked):
             time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
         stopped = time.monotonic()
         answered = [own.result() for own in asked]
     assert {status for status, _ in answered} <= {200, 0}
-    assert sum(status == 200 and when > stopped for status, when in answered) >= 4
+    assert any(status == 200 and when > stopped for status, when in answered)
 
 
 class SlowIndex(ListIndex):
