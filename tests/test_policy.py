@@ -1,5 +1,6 @@
 """The transformers policy: exact tokens, exact log-probabilities, and draws that belong to the episode."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,20 @@ def test_log_probabilities_are_those_of_the_training_pass(temperature: float) ->
     for row, episode in enumerate(episodes):
         sampled = torch.tensor([value for turn in episode.turns for value in turn.action.logprobs])
         assert_close(again[row][batch.sampled[row]], sampled, atol=1e-4, rtol=0)
+
+
+def test_the_models_own_generation_settings_do_not_bend_the_samples(tmp_path: Path) -> None:
+    plain = TransformersPolicy(untrained("llama"), tiny_tokenizer(), max_new_tokens=12)
+    untrained("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = {"repetition_penalty": 5.0, "temperature": 0.1, "top_k": 1, "do_sample": True, "no_repeat_ngram_size": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    model, tokenizer = load_model(str(tmp_path))
+    assert model.generation_config.repetition_penalty == 5.0
+    bent = TransformersPolicy(model, tokenizer, max_new_tokens=12)
+    conversations = [Conversation(QUESTION.messages, seed) for seed in range(8)]
+    assert [a.token_ids for a in bent(conversations)] == [a.token_ids for a in plain(conversations)]
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 def test_tokens_are_kept_as_sampled_and_the_mask_touches_nothing_else() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,14 @@ class TransformersPolicy:
             pad_token_id=self._pad,
             eos_token_id=sorted(self._ends) or None,
         )
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=real,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_Closed(self.encoder.tokenizer, self._closing, width)]),
-        )
+        with _without_own_defaults(self.model):
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=real,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([_Closed(self.encoder.tokenizer, self._closing, width)]),
+            )
         rows = out[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, 1).tolist()
         return [self._action(row, own) for row, own in zip(rows, logprobs, strict=True)]
@@ -126,6 +128,19 @@ class TransformersPolicy:
                 break
         text = self.encoder.tokenizer.decode(row[:length], skip_special_tokens=True)
         return Action(text, tuple(row[:length]), tuple(logprobs[:length]))
+
+
+@contextmanager
+def _without_own_defaults(model: Any) -> Iterator[None]:
+    """Keep the model's own generation settings out: a repetition penalty, as Qwen2.5 has one, would be sampled with but
+    not be known to the training pass.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Sampler(LogitsProcessor):
