@@ -247,6 +247,13 @@ def test_settings_are_checked_at_birth(change: dict[str, Any], message: str) -> 
         replace(SMALL, **change)
 
 
+def test_a_greedy_policy_cannot_be_trained(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    run.policy.temperature = 0.0
+    with pytest.raises(ValueError, match="temperature=0.0"):
+        train(run)
+
+
 def test_several_updates_per_step_visit_every_episode_once(tmp_path: Path) -> None:
     run = fresh(tmp_path, updates_per_step=3)
     metrics = train_step(run, torch.optim.SGD(run.policy.model.parameters(), lr=0.1), 0)

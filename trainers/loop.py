@@ -116,9 +116,11 @@ def train(run: Run, *, resume: bool = False, progress: Progress = lambda done, m
     Writes `out/metrics.jsonl` and `out/checkpoints`. With `resume` it goes on from the newest checkpoint, or from
     the start if there is none yet, and ends bit for bit as a run that was never stopped. Ctrl-C finishes the step,
     saves it and raises KeyboardInterrupt.
-    Raises FileExistsError when `out` already holds a run and `resume` is not set, FileNotFoundError when there
+    Raises ValueError for a greedy policy, FileExistsError when `out` already holds a run and `resume` is not set, FileNotFoundError when there
     is nothing to resume, and CheckpointError when what is there does not fit this run.
     """
+    if run.policy.temperature <= 0:
+        raise ValueError(f"temperature={run.policy.temperature} samples no alternatives to learn from; use one above 0")
     # The model stays in evaluation mode: with dropout the first update would not be on-policy.
     model, config = run.policy.model.eval(), run.config
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
