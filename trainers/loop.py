@@ -116,8 +116,9 @@ def train(run: Run, *, resume: bool = False, progress: Progress = lambda done, m
     Writes `out/metrics.jsonl` and `out/checkpoints`. With `resume` it goes on from the newest checkpoint, or from
     the start if there is none yet, and ends bit for bit as a run that was never stopped. Ctrl-C finishes the step,
     saves it and raises KeyboardInterrupt.
-    Raises ValueError for a greedy policy, FileExistsError when `out` already holds a run and `resume` is not set, FileNotFoundError when there
-    is nothing to resume, and CheckpointError when what is there does not fit this run.
+
+    Raises ValueError for a greedy policy, FileExistsError when `out` already holds a run and `resume` is not set,
+    FileNotFoundError when there is nothing to resume, and CheckpointError when what is there does not fit this run.
     """
     if run.policy.temperature <= 0:
         raise ValueError(f"temperature={run.policy.temperature} samples no alternatives to learn from; use one above 0")
