@@ -1,7 +1,7 @@
 """Make the TinyWiki warm start that the package ships, or check that it comes out the same bit for bit.
 
-    python data_scripts/make_warm_start.py --out agentgym_ig/tinywiki/warm_start
-    python data_scripts/make_warm_start.py --check agentgym_ig/tinywiki/warm_start
+    python data_scripts/make_warm_start.py --out agentgym_ig/tinywiki/warm-start
+    python data_scripts/make_warm_start.py --check agentgym_ig/tinywiki/warm-start
 
 Takes about four minutes on one core. The weights are equal bit for bit on one kind of processor with one torch
 version and one thread; elsewhere kernels add in another order, and the result is as good but not identical.

@@ -22,8 +22,8 @@ TRAIN_QUESTIONS = 600
 
 
 def warm_start_folder() -> Path:
-    """The shipped warm start, a model folder as the Hugging Face hub has them."""
-    with as_file(files("agentgym_ig.tinywiki") / "warm_start") as folder:
+    """The shipped warm start: a model folder of the hub's layout, named with a hyphen so that it is no package."""
+    with as_file(files("agentgym_ig.tinywiki") / "warm-start") as folder:
         return folder
 
 
