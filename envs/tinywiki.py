@@ -14,7 +14,7 @@ from agentgym_ig.tinywiki import STOPWORDS, Path, World, chains
 from agentgym_ig.types import Question
 
 TINYWIKI_RULES = Rules(prompt="tinywiki", max_turns=5, top_k=1, metric="em")
-"""Exact match, since F1 would pay half for a relation word without a name, and policies find that out."""
+"""Exact match, since F1 would pay for the relation word without the right name, and policies find that out."""
 
 TINYWIKI_BM25 = Bm25Settings(k1=1.2, b=0.75, stopwords=STOPWORDS, stemmer=None, title_weight=3)
 
