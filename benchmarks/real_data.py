@@ -24,9 +24,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from agentgym_ig import oracle, search_once
+from agentgym_ig import search_once
 from agentgym_ig.commands.console import console
-from agentgym_ig.commands.parts import open_suite, prepare_for_small_models, titles_of
+from agentgym_ig.commands.parts import open_oracle, open_suite, prepare_for_small_models
 from agentgym_ig.envs import Start, Suite, evaluate, prompts_of, rollout
 from agentgym_ig.indexes import Bm25Index, read_corpus
 from agentgym_ig.indexes.evaluate import evaluate_retrieval
@@ -62,13 +62,9 @@ def recall_at_10(asked: Suite) -> dict[str, float]:
 
 def play(asked: Suite) -> dict[str, Any]:
     """EM, F1 and recall per dataset of the oracle and of one search with the question's words."""
-    env = asked.env(1)
-    titles = titles_of(asked, {passage for question in env.questions.values() for passage in question.supporting})
+    policies = {"oracle": open_oracle(asked), "search-once": search_once(prompts_of(asked.env(1)))}
     played: dict[str, Any] = {}
-    for name, policy in {
-        "oracle": oracle(prompts_of(env), titles),
-        "search-once": search_once(prompts_of(env)),
-    }.items():
+    for name, policy in policies.items():
         started = time.perf_counter()
         table = evaluate(policy, asked, num_envs=256).table()
         played[name] = {"seconds": round(time.perf_counter() - started, 1), "datasets": table}
@@ -78,14 +74,12 @@ def play(asked: Suite) -> dict[str, Any]:
 def information_gain(asked: Suite, per_dataset: int = 6) -> dict[str, Any]:
     """Oracle episodes with their gain per turn, read by the small policy in one packed pass each."""
     narrow = replace(asked, rules=replace(asked.rules, top_k=1))
-    env = narrow.env(16)
-    titles = titles_of(narrow, {passage for question in env.questions.values() for passage in question.supporting})
     starts = [
         Start(question.id, 0, 0)
         for questions in asked.questions.values()
         for question in [q for q in questions if q.supporting][:per_dataset]
     ]
-    episodes = rollout(env, oracle(prompts_of(env), titles), starts)
+    episodes = rollout(narrow.env(16), open_oracle(narrow), starts)
     policy = tiny_policy(*load_policy_model(WARM_START))
     started = time.perf_counter()
     scored = Scorer(policy.model, policy.encoder, narrow.rules.texts, batch_size=2).with_beliefs(episodes)

@@ -64,10 +64,20 @@ def read_corpus(path: Path) -> Iterator[Passage]:
         yield passage
 
 
+def join_contents(title: str, text: str) -> str:
+    """Title and text in Search-R1's `contents`: the title in double quotes, a line break, the text."""
+    return f'"{title}"\n{text}'
+
+
+def split_contents(contents: str) -> tuple[str, str]:
+    """Title and text of Search-R1's `contents`; the quotes may be missing."""
+    title, _, text = contents.partition("\n")
+    return title.strip().strip('"'), text
+
+
 def _passage(row: dict[str, Any]) -> Passage:
     if "contents" in row:
-        title, _, text = str(row["contents"]).partition("\n")
-        title = title.strip().strip('"')
+        title, text = split_contents(str(row["contents"]))
     else:
         title, text = str(row["title"]), str(row["text"])
     if not text.strip():

@@ -10,6 +10,7 @@ import httpx
 from tenacity import AsyncRetrying, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
 from agentgym_ig.errors import SearchRefused, SearchTimeout, SearchUnavailable
+from agentgym_ig.indexes.corpus import split_contents
 from agentgym_ig.types import Hit, Passage
 
 
@@ -134,6 +135,5 @@ def _hit(entry: dict[str, Any]) -> Hit:
     if "text" in row and "title" in row:
         title, text = row["title"], row["text"]
     else:
-        title, _, text = row["contents"].partition("\n")
-        title = title.strip().strip('"')
+        title, text = split_contents(row["contents"])
     return Hit(Passage(str(row["id"]), title, text), float(entry["score"]))

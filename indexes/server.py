@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentgym_ig.errors import SearchFailed
 from agentgym_ig.indexes.base import Index
+from agentgym_ig.indexes.corpus import join_contents
 from agentgym_ig.types import Hit
 
 
@@ -149,9 +150,9 @@ class BodyLimit:
 
 
 def document(hit: Hit) -> dict[str, str]:
-    """A passage as Search-R1 sends it: `contents` is the quoted title, a line break, the text."""
+    """A passage as Search-R1 sends it."""
     passage = hit.passage
-    contents = f'"{passage.title}"\n{passage.text}'
+    contents = join_contents(passage.title, passage.text)
     return {"id": passage.id, "title": passage.title, "text": passage.text, "contents": contents}
 
 

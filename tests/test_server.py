@@ -272,11 +272,13 @@ def test_a_failed_search_reaches_those_who_asked_and_nobody_else() -> None:
     assert all(isinstance(error, SearchFailed) for error in failed)
 
 
-def test_the_command_line_checks_and_measures_an_index(folder: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "agentgym_ig", "index", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`agentgym-ig index` with arguments."""
+    command = [sys.executable, "-m", "agentgym_ig", "index", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
 
+
+def test_the_command_line_checks_and_measures_an_index(folder: Path, tmp_path: Path) -> None:
     assert json.loads(run("info", "--index", str(folder)).stdout)["passages"] == 3
     assert run("verify", "--index", str(folder)).returncode == 0
     rows = [
@@ -300,7 +302,6 @@ def test_a_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[10] ^= 1
     path.write_bytes(data)
-    command = [sys.executable, "-m", "agentgym_ig", "index", "verify", "--index", str(tmp_path / "index")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("verify", "--index", str(tmp_path / "index"))
     assert done.returncode == 1
     assert "passages.jsonl" in done.stdout

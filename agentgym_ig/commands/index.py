@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from agentgym_ig.commands.console import bar, console, interruptible
 from agentgym_ig.errors import AgentGymError
 
-IndexArgument = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
+IndexFolder = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
 
 app = typer.Typer(no_args_is_help=True, help="Build, check, search, evaluate and serve indexes.")
 
@@ -43,7 +44,7 @@ def build(
 
 
 @app.command()
-def info(index: IndexArgument) -> None:
+def info(index: IndexFolder) -> None:
     """Show what an index was made of."""
     from agentgym_ig.indexes.bm25 import read_manifest
 
@@ -51,7 +52,7 @@ def info(index: IndexArgument) -> None:
 
 
 @app.command()
-def verify(index: IndexArgument) -> None:
+def verify(index: IndexFolder) -> None:
     """Read every file of an index and compare it with the manifest, byte for byte."""
     from agentgym_ig.indexes.bm25 import damaged_files, read_manifest
 
@@ -64,14 +65,12 @@ def verify(index: IndexArgument) -> None:
 
 @app.command("eval")
 def evaluate(
-    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    index: IndexFolder,
     questions: Annotated[list[Path], typer.Option(help="Question files; give the option once for each.")],
     k: Annotated[str, typer.Option(help="Numbers of passages, with commas.")] = "1,3,5,10",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Recall of the supporting passages, with each question's own words as the query."""
-    from rich.table import Table
-
     from agentgym_ig.indexes.bm25 import Bm25Index
     from agentgym_ig.indexes.corpus import read_questions
     from agentgym_ig.indexes.evaluate import evaluate_retrieval
@@ -94,7 +93,7 @@ def evaluate(
 
 @app.command()
 def serve(
-    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    index: IndexFolder,
     host: Annotated[
         str, typer.Option(help="Address to listen on; other machines reach it only if you name one.")
     ] = "127.0.0.1",
@@ -126,7 +125,7 @@ def serve(
 @app.command()
 def search(
     query: Annotated[list[str], typer.Argument(help="One or more queries.")],
-    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    index: IndexFolder,
     k: Annotated[int, typer.Option(help="Passages per query.")] = 5,
 ) -> None:
     """Search an index."""

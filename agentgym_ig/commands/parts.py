@@ -104,14 +104,12 @@ def open_training(
 
 def open_policy(name: str, suite: Suite, *, device: str, temperature: float, max_new_tokens: int) -> Policy:
     """A policy by name: `oracle`, `search-once`, `random`, or a model's name or folder."""
-    env = suite.env(1)
     if name == "random":
         return RandomPolicy()
     if name == "search-once":
-        return search_once(prompts_of(env))
+        return search_once(prompts_of(suite.env(1)))
     if name == "oracle":
-        wanted = {passage for question in env.questions.values() for passage in question.supporting}
-        return oracle(prompts_of(env), titles_of(suite, wanted))
+        return open_oracle(suite)
     from agentgym_ig.lm.policy import TransformersPolicy
     from agentgym_ig.trainers.tinywiki import load_policy_model
 
@@ -119,8 +117,11 @@ def open_policy(name: str, suite: Suite, *, device: str, temperature: float, max
     return TransformersPolicy(model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens)
 
 
-def titles_of(suite: Suite, wanted: set[str]) -> dict[str, str]:
-    """Passage id → title for the passages that are wanted. Raises ValueError for an index that cannot list them."""
+def open_oracle(suite: Suite) -> Policy:
+    """The oracle for all questions of a suite. Raises ValueError for an index that cannot list its passages."""
     if not isinstance(suite.index, Bm25Index):
         raise ValueError("the oracle needs an index whose passages can be listed, such as Bm25Index")
-    return {passage.id: passage.title for passage in suite.index.passages() if passage.id in wanted}
+    env = suite.env(1)
+    wanted = {passage for question in env.questions.values() for passage in question.supporting}
+    titles = {passage.id: passage.title for passage in suite.index.passages() if passage.id in wanted}
+    return oracle(prompts_of(env), titles)
