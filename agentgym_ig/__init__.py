@@ -6,7 +6,7 @@ and, for language-model policies, `agentgym_ig.lm`.
 
 from agentgym_ig.answers import METRICS, score
 from agentgym_ig.belief import combine_aliases, information_gains, with_belief
-from agentgym_ig.errors import AgentGymError, CheckpointError, CorpusError, IndexUnusable, SearchFailed
+from agentgym_ig.errors import AgentGymError, BuildFailed, CheckpointError, CorpusError, IndexUnusable, SearchFailed
 from agentgym_ig.policies import Policy, RandomPolicy, ScriptedPolicy, oracle, search_once
 from agentgym_ig.types import Action, Conversation, Hit, Message, Passage, Question, Stop, Trajectory, Turn
 
@@ -16,6 +16,7 @@ __all__ = [
     "METRICS",
     "Action",
     "AgentGymError",
+    "BuildFailed",
     "CheckpointError",
     "Conversation",
     "CorpusError",

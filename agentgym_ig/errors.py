@@ -17,6 +17,10 @@ class IndexUnusable(AgentGymError):
     """An index folder that is missing, damaged or of another version; the message says how to build one."""
 
 
+class BuildFailed(AgentGymError):
+    """An index that could not be built; what was built so far is kept, and the message says how to go on."""
+
+
 class CheckpointError(AgentGymError):
     """A checkpoint that does not fit the run that wants to go on from it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -53,8 +54,16 @@ def read_episodes(path: Path) -> list[Trajectory]:
         return [from_json(json.loads(line)) for line in lines]
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that appears only when it is whole, and then outlives a loss of power."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+
+
 def write_json(path: Path, value: object) -> None:
     """A JSON file that appears only when it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -48,7 +48,7 @@ def build(folder: Path) -> dict[str, float]:
 
 def suite(folder: Path) -> Suite:
     """All questions of the seven datasets over the index."""
-    return open_suite("igpo", DATA / "questions", folder, None, {"top_k": 3})
+    return open_suite("igpo", DATA / "questions", [str(folder)], None, {"top_k": 3})
 
 
 def recall_at_10(asked: Suite) -> dict[str, float]:

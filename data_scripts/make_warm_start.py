@@ -17,7 +17,7 @@ import torch
 import typer
 
 from agentgym_ig.commands.console import bar, console
-from agentgym_ig.indexes.corpus import sha256
+from agentgym_ig.indexes.manifest import sha256
 from agentgym_ig.trainers.checkpoint import save_model
 from agentgym_ig.trainers.warm_start import WarmStartConfig, warm_start
 

@@ -130,5 +130,7 @@ def test_public_names() -> None:
         assert sorted(module.__all__) == sorted(set(module.__all__))
         assert all(hasattr(module, public) for public in module.__all__)
     assert agentgym_ig.indexes.__all__ == [
-        "Bm25Index", "Bm25Settings", "Index", "PassageStore", "read_corpus", "read_questions", "write_corpus",
+        "Bm25Index", "Bm25Settings", "BuildOptions", "CachedIndex", "HttpIndex", "HybridIndex", "Index", "PassageStore",
+        "StoredIndex", "build_index", "open_index", "open_indexes", "read_corpus", "read_questions", "split_index",
+        "write_corpus",
     ]  # fmt: skip

@@ -12,7 +12,10 @@ from agentgym_ig.commands.console import bar, console, evaluation_table, interru
 QuestionsOption = Annotated[
     Path | None, typer.Option(help="Folder with <dataset>.jsonl[.gz] files (not for tinywiki).")
 ]
-IndexOption = Annotated[Path | None, typer.Option(help="Folder of the index to search (not for tinywiki).")]
+IndexOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Folder or address of the index to search (not for tinywiki); several are fused by their ranks."),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 TopKOption = Annotated[int | None, typer.Option(help="Passages per search.")]
 MaxTurnsOption = Annotated[int | None, typer.Option(help="Actions per episode.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -10,43 +9,32 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from agentgym_ig.commands.console import bar, console, interruptible
+from agentgym_ig.commands.build import build, split
+from agentgym_ig.commands.console import console
+from agentgym_ig.commands.parts import Cache, Indexes, Rerank
 from agentgym_ig.errors import AgentGymError
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 IndexFolder = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
 
 app = typer.Typer(no_args_is_help=True, help="Build, check, search, evaluate and serve indexes.")
 
 
-@app.command()
-def build(
-    corpus: Annotated[Path, typer.Option(help="Passages: .jsonl or .jsonl.gz with id, title, text (or id, contents).")],
-    out: Annotated[Path, typer.Option(help="Folder of the new index.")],
-    k1: Annotated[float, typer.Option(help="BM25's term-frequency saturation.")] = 0.9,
-    b: Annotated[float, typer.Option(help="BM25's length normalisation.")] = 0.4,
-    stemmer: Annotated[str, typer.Option(help="Snowball stemmer, or 'none'.")] = "english",
-    title_weight: Annotated[int, typer.Option(help="How often the title counts beside the text.")] = 1,
-) -> None:
-    """Build a BM25 index over a corpus."""
-    from agentgym_ig.indexes.bm25 import Bm25Index, Bm25Settings
-    from agentgym_ig.indexes.corpus import read_corpus
+app.command()(build)
+app.command()(split)
 
-    settings = Bm25Settings(k1=k1, b=b, stemmer=None if stemmer == "none" else stemmer, title_weight=title_weight)
-    started = time.perf_counter()
-    with interruptible("Nothing was written; run the same command again."), bar("reading", None) as advance:
 
-        def progress(phase: str, done: int) -> None:
-            if done % 1000 == 0 or phase != "reading":
-                advance(done, note=phase)
-
-        index = Bm25Index.build(read_corpus(corpus), out, settings, progress=progress)
-    console.print(f"{len(index):,} passages indexed in {time.perf_counter() - started:.1f} s: {out}")
+def _numbers(option: str, given: str) -> list[int]:
+    try:
+        return sorted({int(number) for number in given.split(",")})
+    except ValueError as error:
+        raise ValueError(f"{option} {given!r}: give whole numbers with commas, such as 1,10") from error
 
 
 @app.command()
 def info(index: IndexFolder) -> None:
     """Show what an index was made of."""
-    from agentgym_ig.indexes.bm25 import read_manifest
+    from agentgym_ig.indexes.manifest import read_manifest
 
     console.print_json(data=read_manifest(index))
 
@@ -54,7 +42,7 @@ def info(index: IndexFolder) -> None:
 @app.command()
 def verify(index: IndexFolder) -> None:
     """Read every file of an index and compare it with the manifest, byte for byte."""
-    from agentgym_ig.indexes.bm25 import damaged_files, read_manifest
+    from agentgym_ig.indexes.manifest import damaged_files, read_manifest
 
     damaged = damaged_files(index)
     if damaged:
@@ -65,22 +53,21 @@ def verify(index: IndexFolder) -> None:
 
 @app.command("eval")
 def evaluate(
-    index: IndexFolder,
+    index: Indexes,
     questions: Annotated[list[Path], typer.Option(help="Question files; give the option once for each.")],
     k: Annotated[str, typer.Option(help="Numbers of passages, with commas.")] = "1,3,5,10",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    rerank: Rerank = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
 ) -> None:
     """Recall of the supporting passages, with each question's own words as the query."""
-    from agentgym_ig.indexes.bm25 import Bm25Index
-    from agentgym_ig.indexes.corpus import read_questions
     from agentgym_ig.indexes.evaluate import evaluate_retrieval
+    from agentgym_ig.indexes.opening import open_indexes
+    from agentgym_ig.indexes.sources import read_questions
 
-    try:
-        wanted = sorted({int(number) for number in k.split(",")})
-    except ValueError as error:
-        raise ValueError(f"--k {k!r}: give whole numbers with commas, such as 1,3,5,10") from error
+    wanted = _numbers("--k", k)
     asked = [question for path in questions for question in read_questions(path)]
-    figures = evaluate_retrieval(Bm25Index.open(index), asked, wanted)
+    figures = evaluate_retrieval(open_indexes(index, rerank=rerank, cache=cache), asked, wanted)
     if as_json:
         console.print_json(data=figures)
         return
@@ -92,8 +79,38 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    index: Indexes,
+    questions: Annotated[list[Path], typer.Option(help="Question files, whose words are the queries.")],
+    k: Annotated[int, typer.Option(help="Passages per query.")] = 10,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,64,512",
+    rerank: Rerank = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time opening and searching on this machine."""
+    from agentgym_ig.indexes.bench import bench as measure
+    from agentgym_ig.indexes.opening import open_indexes
+    from agentgym_ig.indexes.sources import read_questions
+
+    sizes = _numbers("--batch", batch)
+    queries = [question.text for path in questions for question in read_questions(path)]
+    figures = measure(lambda: open_indexes(index, rerank=rerank), queries, k, sizes)
+    if as_json:
+        console.print_json(data=figures)
+        return
+    console.print(
+        f"opened in {figures['open_s']:.2f} s ({figures['open_mb']:.0f} MB resident), first search "
+        f"{figures['first_search_s']:.2f} s ({figures['searched_mb']:.0f} MB at the end)"
+    )
+    table = Table("batch", "queries/s", "p50 ms", "p99 ms", box=SIMPLE_HEAD)
+    for size, row in figures["batches"].items():
+        table.add_row(size, f"{row['queries_per_s']:,.0f}", f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}")
+    console.print(table)
+
+
+@app.command()
 def serve(
-    index: IndexFolder,
+    index: Indexes,
     host: Annotated[
         str, typer.Option(help="Address to listen on; other machines reach it only if you name one.")
     ] = "127.0.0.1",
@@ -103,6 +120,8 @@ def serve(
     ] = None,
     max_queries: Annotated[int, typer.Option(help="Queries per request.")] = 1024,
     max_k: Annotated[int, typer.Option(help="Passages per query.")] = 1000,
+    rerank: Rerank = None,
+    cache: Cache = None,
 ) -> None:
     """Serve an index over HTTP, as Search-R1's retrieval server does (POST /retrieve)."""
     try:
@@ -113,27 +132,30 @@ def serve(
         raise AgentGymError(
             f"{error.name} is missing; install the server: pip install 'agentgym_ig[server]'"
         ) from error
-    from agentgym_ig.indexes.bm25 import Bm25Index
+    from agentgym_ig.indexes.opening import open_indexes
 
-    opened = Bm25Index.open(index)
+    opened = open_indexes(index, rerank=rerank, cache=cache)
     opened.search(["warm up"], 1)  # the first search maps the files and, for large indexes, compiles
     served = create_app(opened, limits=Limits(queries=max_queries, k=max_k), token=token)
-    console.print(f"{len(opened):,} passages on http://{host}:{port}/retrieve; stop with Ctrl-C")
+    console.print(f"serving on http://{host}:{port}/retrieve; stop with Ctrl-C")
     uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
 
 
 @app.command()
 def search(
     query: Annotated[list[str], typer.Argument(help="One or more queries.")],
-    index: IndexFolder,
+    index: Indexes,
     k: Annotated[int, typer.Option(help="Passages per query.")] = 5,
+    rerank: Rerank = None,
+    cache: Cache = None,
 ) -> None:
     """Search an index."""
     from rich.markup import escape
 
-    from agentgym_ig.indexes.bm25 import Bm25Index
+    from agentgym_ig.indexes.opening import open_indexes
 
-    for asked, hits in zip(query, Bm25Index.open(index).search(query, k), strict=True):
+    opened = open_indexes(index, rerank=rerank, cache=cache)
+    for asked, hits in zip(query, opened.search(query, k), strict=True):
         console.print(f"[bold]{escape(asked)}[/]" + ("" if hits else "  (nothing found)"))
         for rank, hit in enumerate(hits, 1):
             passage = hit.passage

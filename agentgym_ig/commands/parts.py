@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from agentgym_ig.envs.episode import Rules
 from agentgym_ig.envs.evaluate import Suite, suite_datasets
 from agentgym_ig.envs.rollout import prompts_of
 from agentgym_ig.errors import CorpusError
-from agentgym_ig.indexes.bm25 import Bm25Index
-from agentgym_ig.indexes.corpus import read_questions
+from agentgym_ig.indexes.base import StoredIndex
+from agentgym_ig.indexes.opening import open_indexes
+from agentgym_ig.indexes.sources import read_questions
 from agentgym_ig.policies import Policy, RandomPolicy, oracle, search_once
 from agentgym_ig.types import Question
+
+Indexes = Annotated[
+    list[str],
+    typer.Option("--index", help="Folder of an index, or a server's address; several are fused by their ranks."),
+]
+Rerank = Annotated[str | None, typer.Option(help="Sort what was found by this cross-encoder (sentence-transformers).")]
+Cache = Annotated[Path | None, typer.Option(help="Keep results in this file, for later runs too.")]
 
 if TYPE_CHECKING:
     from agentgym_ig.envs.search import SearchVectorEnv
@@ -37,7 +47,7 @@ def prepare_for_small_models() -> None:
 def open_suite(
     name: str,
     questions: Path | None,
-    index: Path | None,
+    index: Sequence[str] | None,
     limit: int | None,
     overrides: Mapping[str, Any],
     seed: int = 0,
@@ -53,7 +63,7 @@ def open_suite(
 
         suite = tinywiki_suite(test_world(seed), limit or 150)
         return replace(suite, rules=replace(suite.rules, **overrides))
-    if questions is None or index is None:
+    if questions is None or not index:
         raise ValueError(
             f"suite {name!r} needs --questions FOLDER (with {', '.join(datasets)} as .jsonl) and --index FOLDER"
         )
@@ -68,13 +78,13 @@ def open_suite(
                 ]
     if not found:
         raise CorpusError(f"{questions} holds none of {', '.join(f'{dataset}.jsonl[.gz]' for dataset in datasets)}")
-    return Suite(name, found, Bm25Index.open(index), Rules(**overrides))
+    return Suite(name, found, open_indexes(index), Rules(**overrides))
 
 
 def open_training(
     suite: str,
     questions: Path | None,
-    index: Path | None,
+    index: Sequence[str] | None,
     overrides: Mapping[str, Any],
     given: Mapping[str, Any],
     seed: int,
@@ -119,8 +129,10 @@ def open_policy(name: str, suite: Suite, *, device: str, temperature: float, max
 
 def open_oracle(suite: Suite) -> Policy:
     """The oracle for all questions of a suite. Raises ValueError for an index that cannot list its passages."""
-    if not isinstance(suite.index, Bm25Index):
-        raise ValueError("the oracle needs an index whose passages can be listed, such as Bm25Index")
+    if not isinstance(suite.index, StoredIndex):
+        raise ValueError(
+            f"the oracle needs an index whose passages can be listed; {type(suite.index).__name__} has none"
+        )
     env = suite.env(1)
     wanted = {passage for question in env.questions.values() for passage in question.supporting}
     titles = {passage.id: passage.title for passage in suite.index.passages() if passage.id in wanted}

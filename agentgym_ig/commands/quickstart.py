@@ -128,7 +128,8 @@ def _indexed(world: World, folder: Path) -> Bm25Index:
     """The world's corpus as a file, and an index built from that file, as for any other corpus."""
     from agentgym_ig.envs.tinywiki import TINYWIKI_BM25
     from agentgym_ig.indexes.bm25 import Bm25Index
-    from agentgym_ig.indexes.corpus import read_corpus, write_corpus
+    from agentgym_ig.indexes.sources import read_corpus
+    from agentgym_ig.indexes.store import write_corpus
 
     if not (folder / "index").exists():
         write_corpus(folder / "corpus.jsonl", world.passages)
