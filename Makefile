@@ -16,25 +16,32 @@ help:
 $(VENV)/installed-$(EXTRA): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ($(EXTRA)): about a minute, or as long as the downloads take"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[$(EXTRA)]'
+	touch $@
+
+$(VENV)/installed-$(EXTRA)-test: $(VENV)/installed-$(EXTRA)
+	@echo "installing all extras and the test tools: two minutes, or as long as the downloads take"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[$(EXTRA),test]'
 	touch $@
 
-install: $(VENV)/installed-$(EXTRA)  ## virtual environment with the package, editable, and all test tools
+.PHONY: install-test
+install: $(VENV)/installed-$(EXTRA)  ## virtual environment with the package, editable
+install-test: $(VENV)/installed-$(EXTRA)-test
 
 quickstart: install  ## build TinyWiki, train a small search agent on it, write runs/quickstart/report.html
 	$(RUN) $(BIN)/agentgym-ig quickstart --out runs/quickstart
 
-test: install  ## all tests
+test: install-test  ## all tests
 	$(RUN) $(BIN)/python -m pytest
 
 check: lint types test  ## lint, strict types, and all tests with the layout guards
 
-lint: install
+lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # A tree of links in which the import name and the folders agree, for tools that find packages by folder.
-build/types: install
+build/types: install-test
 	rm -rf build/types && mkdir -p build/types/agentgym_ig
 	ln -s $(CURDIR)/agentgym_ig/* $(CURDIR)/envs $(CURDIR)/indexes $(CURDIR)/trainers build/types/agentgym_ig/
 
@@ -43,7 +50,7 @@ types: build/types
 	$(BIN)/python .ci/check_types.py build/mypy.txt
 	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases tests benchmarks data_scripts .ci/check_wheel.py
 
-wheel: install  ## build the wheel and try it in a clean virtual environment
+wheel: install-test  ## build the wheel and try it in a clean virtual environment
 	$(BIN)/python .ci/check_wheel.py
 
 clean:  ## remove the virtual environment and all that was built

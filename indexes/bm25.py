@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,14 @@ class Bm25Settings:
         if self.title_weight < 1:
             raise ValueError(f"title_weight={self.title_weight} must be 1 or more")
 
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> Bm25Settings:
+        """The settings that an index was built with."""
+        given = {name: manifest["settings"][name] for name in (field.name for field in fields(cls))}
+        if not isinstance(given["stopwords"], str):
+            given["stopwords"] = tuple(given["stopwords"])
+        return cls(**given)
+
     def tokenize(self, lines: Sequence[str]) -> list[list[str]]:
         """Words of each line: lower case, two characters or more, stop words left out, stemmed."""
         tokens: list[list[str]] = self._tokenize(lines, return_ids=False)
@@ -87,26 +95,34 @@ class Bm25Settings:
         """See `Kind.memory_needed`. The vocabulary is taken to grow with the root of the corpus (Heaps' law)."""
         sampled: int = read_manifest(sample, self.name)["passages"]
         words = len(orjson.loads((sample / "bm25s" / "vocab.index.json").read_bytes()))
-        words = round(words * max(count / sampled, 1) ** 0.6)
+        words = round(words * float(max(count / sampled, 1.0) ** 0.6))
         postings = (sample / "bm25s" / "data.csc.index.npy").stat().st_size // 4 * count // sampled
-        block = min(BYTES_PER_POSTING * postings, BLOCK_MEMORY)
+        block: int = min(BYTES_PER_POSTING * postings, BLOCK_MEMORY)
         return LIBRARY_MEMORY + WORD_BYTES * words + DOCUMENT_BYTES * count + block
 
-    def digest(self, passages: Sequence[Passage], folder: Path) -> None:
+    def check(self, count: int, memory: int) -> None:
+        """See `Kind.check`; the vocabulary is not known yet."""
+        self._check_room(count, 0, memory)
+
+    def _check_room(self, count: int, words: int, memory: int) -> int:
+        """Bytes left for blocks of scores."""
+        fixed = LIBRARY_MEMORY + WORD_BYTES * words + DOCUMENT_BYTES * count
+        if memory < fixed + LEAST_BLOCK:
+            raise BuildFailed(
+                f"{memory >> 20} MB are not enough for {count:,} passages with {words:,} words; allow "
+                f"{(fixed + LEAST_BLOCK >> 20) + 1} MB or more and run the same command again"
+            )
+        return min(memory - fixed, BLOCK_MEMORY)
+
+    def digest(self, passages: Sequence[Passage], folder: Path, progress: Callable[[int], None]) -> None:
         """See `Kind.digest`."""
         self.count(passages).save(folder)
 
     def assemble(self, work: Work, folder: Path) -> None:
-        """See `Kind.assemble`. Raises ValueError when `work.memory` is too little even for the vocabulary."""
+        """See `Kind.assemble`. Raises BuildFailed when the memory is too little even for the vocabulary."""
         matrix = ScoreMatrix([StoredPostings(shard) for shard in work.shards], self.k1, self.b)
         count = len(work.passages)
-        fixed = LIBRARY_MEMORY + WORD_BYTES * len(matrix.vocabulary) + DOCUMENT_BYTES * count
-        if work.memory < fixed + LEAST_BLOCK:
-            raise BuildFailed(
-                f"{work.memory >> 20} MB are not enough for {count:,} passages with {len(matrix.vocabulary):,} words; "
-                f"allow {(fixed + LEAST_BLOCK >> 20) + 1} MB or more, or build a Lucene index"
-            )
-        memory = min(work.memory - fixed, BLOCK_MEMORY)
+        memory = self._check_room(count, len(matrix.vocabulary), work.memory)
         matrix_folder = folder / "bm25s"
         matrix_folder.mkdir(exist_ok=True)
         save_matrix(
@@ -181,10 +197,7 @@ class Bm25Index:
         another size than the manifest says.
         """
         manifest = read_manifest(folder, Bm25Settings.name)
-        given = dict(manifest["settings"])
-        if not isinstance(given["stopwords"], str):
-            given["stopwords"] = tuple(given["stopwords"])
-        settings = Bm25Settings(**given)
+        settings = Bm25Settings.of(manifest)
         scores = settings.scorer(_backend(manifest["passages"]))
         scores.load_scores(folder / "bm25s", num_docs=manifest["passages"], mmap=True)
         _with_vocabulary(scores, orjson.loads((folder / "bm25s" / "vocab.index.json").read_bytes()))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,13 +72,29 @@ class Kind(Protocol):
         """Bytes that building takes for `count` passages; `sample` is an index of this kind over the first few."""
         ...
 
-    def digest(self, passages: Sequence[Passage], folder: Path) -> None:
-        """Do the costly work for one shard, into an empty folder; when killed in it, that shard is begun again."""
+    def check(self, count: int, memory: int) -> None:
+        """Raise BuildFailed if it is clear beforehand that `count` passages will not do with so many bytes."""
+        ...
+
+    def digest(self, passages: Sequence[Passage], folder: Path, progress: Callable[[int], None]) -> None:
+        """Do the costly work for one shard, into an empty folder; when killed in it, that shard is begun again.
+
+        `progress` may be called with the passages done.
+        """
         ...
 
     def assemble(self, work: Work, folder: Path) -> None:
         """Make the index's own files in `folder`; must cope with what an interrupted call before it left there."""
         ...
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the disk knows no links. Replaces what is there."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +137,7 @@ def build_index(
             index, passages, options.shard, lambda done: options.progress("reading", done, None)
         )
         chosen = kind(len(store)) if callable(kind) else kind
+        chosen.check(len(store), options.memory)
         _check_plan(partial / "plan.json", {"kind": chosen.name, "settings": chosen.describe()})
         _make(chosen, store, partial, options)
         about = {"kind": chosen.name, "passages": len(store), "shard": options.shard, "corpus_sha256": corpus}
@@ -130,16 +148,22 @@ def build_index(
 
 def _make(kind: Kind, store: PassageStore, partial: Path, options: BuildOptions) -> None:
     shards: list[Path] = []
-    options.progress("indexing", 0, len(store))
+    done = 0
+
+    def progress(more: int) -> None:
+        options.progress("indexing", done + more, len(store))
+
+    progress(0)
     for number, passages in enumerate(store.shards()):
         shards.append(partial / "work" / f"{number:05d}")
         if not shards[-1].exists():
             begun = shards[-1].with_suffix(".begun")
             shutil.rmtree(begun, ignore_errors=True)
             begun.mkdir(parents=True)
-            kind.digest(passages, begun)
+            kind.digest(passages, begun, progress)
             begun.rename(shards[-1])
-        options.progress("indexing", number * options.shard + len(passages), len(store))
+        done += len(passages)
+        progress(0)
     kind.assemble(Work(partial / "work", shards, store, options.memory, options.progress), partial / "index")
 
 

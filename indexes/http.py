@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import orjson
 from tenacity import AsyncRetrying, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
 from agentgym_ig.errors import SearchRefused, SearchTimeout, SearchUnavailable
-from agentgym_ig.indexes.corpus import split_contents
+from agentgym_ig.indexes.sources import split_contents
 from agentgym_ig.types import Hit, Passage
 
 
@@ -45,9 +46,12 @@ class HttpIndex:
         if not self.urls or attempts < 1 or batch < 1:
             raise ValueError(f"urls={self.urls}, attempts={attempts}, batch={batch}: give at least one of each")
         self.attempts, self.batch, self.pause = attempts, batch, pause
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(timeout=timeout, headers=headers)
-        self._async_client = httpx.AsyncClient(timeout=timeout, headers=headers)
+        self._options: dict[str, Any] = {
+            "timeout": timeout,
+            "headers": {"Authorization": f"Bearer {token}"} if token else {},
+        }
+        self._client = httpx.Client(**self._options)
+        self._async_client: httpx.AsyncClient | None = None  # most users never need one, and it costs a TLS context
         self._chosen = 0
 
     def __enter__(self) -> HttpIndex:
@@ -61,8 +65,10 @@ class HttpIndex:
         self._client.close()
 
     async def aclose(self) -> None:
-        """Close the connections that `asearch` keeps."""
-        await self._async_client.aclose()
+        """Close the connections that `asearch` keeps, in the event loop that made them; the next one makes new ones."""
+        if self._async_client is not None:
+            await self._async_client.aclose()
+            self._async_client = None
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """See `Index.search`."""
@@ -76,10 +82,11 @@ class HttpIndex:
     async def asearch(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The same without blocking the event loop."""
         found: list[list[Hit]] = []
+        client = self._async_client = self._async_client or httpx.AsyncClient(**self._options)
         for body in self._bodies(queries, k):
             async for attempt in AsyncRetrying(**self._policy()):
                 with attempt, self._reaching() as url:
-                    response = await self._async_client.post(url, json=body)
+                    response = await client.post(url, json=body)
                     found += self._parse(url, response, len(body["queries"]))
         return found
 
@@ -117,12 +124,12 @@ class HttpIndex:
             raise
 
     def _parse(self, url: str, response: httpx.Response, wanted: int) -> list[list[Hit]]:
-        if response.status_code >= 500 or response.status_code == 429:
+        if response.status_code >= 500 or response.status_code in (404, 429):  # 404: a gateway with nothing behind it
             raise SearchUnavailable(f"{url} answered {response.status_code}: {response.text[:200]}")
         if response.status_code != 200:
             raise SearchRefused(f"{url} answered {response.status_code}: {response.text[:200]}")
         try:
-            found = [[_hit(entry) for entry in hits] for hits in response.json()["result"]]
+            found = [[_hit(entry) for entry in hits] for hits in orjson.loads(response.content)["result"]]
         except (ValueError, KeyError, TypeError) as error:
             raise SearchRefused(f"{url} answered something else than search results: {error!r}") from error
         if len(found) != wanted:

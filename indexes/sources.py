@@ -154,10 +154,13 @@ def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         read = file.read(COUNTED_BYTES)
     try:
-        lines = _unpacked(read).count(b"\n") if path.suffix == ".gz" else read.count(b"\n")
+        content = _unpacked(read) if path.suffix == ".gz" else read
     except zlib.error as error:
         raise CorpusError(f"{path}: {error}") from error
-    return round(lines * path.stat().st_size / max(len(read), 1))
+    lines = content.count(b"\n")
+    if len(read) == path.stat().st_size:
+        return lines + (bool(content) and not content.endswith(b"\n"))
+    return round(lines * path.stat().st_size / len(read))
 
 
 def _unpacked(packed: bytes) -> bytes:

@@ -1,5 +1,49 @@
-"""One torch thread for all tests: with small models a second one only costs, and beside a neighbour it costs a lot."""
+"""One torch thread for all tests (a second one only costs, beside a neighbour a lot), and shared fixtures."""
 
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
+from agentgym_ig.commands.main import main
+from tests.fakes import PASSAGES, QUESTIONS
+
 torch.set_num_threads(1)
+
+Command = Any
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs `agentgym-ig` with arguments; gives its exit status and all that it printed."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["agentgym-ig", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A corpus and question files as a user has them."""
+    rows = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "questions").mkdir()
+    for dataset in ("hotpotqa", "musique"):
+        asked = [
+            {"id": q.id, "dataset": dataset, "question": q.text, "answers": q.answers, "supporting": q.supporting}
+            for q in QUESTIONS
+        ]
+        (tmp_path / "questions" / f"{dataset}.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    return tmp_path

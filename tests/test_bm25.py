@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentgym_ig import Passage
+from agentgym_ig import IndexUnusable, Passage
 from agentgym_ig.indexes import Bm25Index, Bm25Settings, BuildOptions, Index, open_index
 from agentgym_ig.indexes.bm25 import COMPILE_FROM
 from agentgym_ig.indexes.postings import ScoreMatrix
-from agentgym_ig.indexes.splitting import split_index
+from agentgym_ig.indexes.splitting import check_parts, split_index
 from agentgym_ig.tinywiki.world import World
 from agentgym_ig.types import texts
 from tests.fakes import PASSAGES, ListIndex
@@ -159,6 +159,11 @@ def test_parts_merged_are_the_whole(tmp_path: Path) -> None:
     for i, expected in enumerate(whole.search(queries, 7)):
         merged = [hit for lists in found for hit in lists[i]]
         assert sorted(merged, key=lambda hit: (-hit.score, hit.passage.id))[:7] == expected
+    check_parts(folders)
+    check_parts([tmp_path / "index"])
+    for incomplete in (folders[:2], [*folders, tmp_path / "index"], [*folders[:2], folders[0]]):
+        with pytest.raises(IndexUnusable, match="each of the 3 parts"):
+            check_parts(incomplete)
     with pytest.raises(ValueError, match="parts=0"):
         split_index(tmp_path / "index", 0, tmp_path / "none")
 

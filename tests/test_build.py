@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,11 @@ class Stopping:
     def memory_needed(self, count: int, sample: Path) -> int:
         return self.inner.memory_needed(count, sample)
 
-    def digest(self, passages: Sequence[Passage], folder: Path) -> None:
-        self.inner.digest(passages, folder)
+    def check(self, count: int, memory: int) -> None:
+        self.inner.check(count, memory)
+
+    def digest(self, passages: Sequence[Passage], folder: Path, progress: Callable[[int], None]) -> None:
+        self.inner.digest(passages, folder, progress)
         if self.digested == self.step:
             raise KeyboardInterrupt
         self.digested += 1

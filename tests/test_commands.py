@@ -7,80 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from agentgym_ig.commands.main import main
 from agentgym_ig.envs.evaluate import SUITES
 from agentgym_ig.lm.tiny import tiny_model, tiny_tokenizer
 from agentgym_ig.records import read_episodes
 from agentgym_ig.trainers import RECIPES
-from tests.fakes import PASSAGES, QUESTIONS
-
-Command = Any
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs `agentgym-ig` with arguments; gives its exit status and all that it printed."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["agentgym-ig", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    """A corpus and question files as a user has them."""
-    rows = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "questions").mkdir()
-    for dataset in ("hotpotqa", "musique"):
-        asked = [
-            {"id": q.id, "dataset": dataset, "question": q.text, "answers": q.answers, "supporting": q.supporting}
-            for q in QUESTIONS
-        ]
-        (tmp_path / "questions" / f"{dataset}.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    return tmp_path
-
-
-def test_index_build_and_search(command: Command, toy: Path) -> None:
-    code, printed = command("index", "build", "--corpus", toy / "corpus.jsonl", "--out", toy / "index")
-    assert code == 0, printed
-    assert "3 passages indexed" in printed
-    code, printed = command("index", "search", "capital of Poland", "zzz", "--index", toy / "index", "--k", 1)
-    assert code == 0, printed
-    assert "Warsaw" in printed
-    assert "nothing found" in printed
-
-
-def test_the_build_script_is_the_same_command(toy: Path) -> None:
-    script = Path(__file__).parent.parent / "data_scripts" / "build_bm25.py"
-    done = subprocess.run(
-        [sys.executable, script, "--corpus", toy / "corpus.jsonl", "--out", toy / "index"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (toy / "index" / "manifest.json").is_file()
-    (toy / "corpus.jsonl").write_text("nonsense\n")
-    done = subprocess.run(
-        [sys.executable, script, "--corpus", toy / "corpus.jsonl", "--out", toy / "second"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "corpus.jsonl:1" in done.stdout
+from tests.conftest import Command
 
 
 @pytest.fixture

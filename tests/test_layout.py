@@ -67,7 +67,7 @@ def test_torch_stays_where_it_belongs(path: Path) -> None:
     if name(path).startswith(MAY_IMPORT_TORCH):
         return
     top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    heavy = {"torch", "transformers", "faiss", "pyserini"}
+    heavy = {"torch", "transformers", "faiss", "pyserini", "jnius", "sentence_transformers", "ray"}
     assert not heavy & {module.split(".")[0] for node in top_level for module in imports(node)}
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 from agentgym_ig.errors import SearchFailed, SearchRefused, SearchTimeout, SearchUnavailable
 from agentgym_ig.indexes import Bm25Index, Index
 from agentgym_ig.indexes.http import HttpIndex
-from agentgym_ig.indexes.server import Merger
+from agentgym_ig.indexes.server import Merger, create_app
 from agentgym_ig.types import Hit
 from tests.fakes import PASSAGES, BrokenIndex, ListIndex
 
@@ -154,6 +155,45 @@ def test_statistics_and_metrics_count(url: str) -> None:
     assert after["queries"] == before["queries"] + 2
     assert after["latency_s"]["p50"] > 0
     assert "retrieval_queries_total" in httpx.get(f"{url}/metrics").text
+
+
+def test_every_request_is_counted_with_its_status(folder: Path) -> None:
+    with serving(folder, "--token", "secret", "--max-queries", "2") as (address, _):
+        allowed = {"Authorization": "Bearer secret"}
+
+        def counts() -> dict[int, int]:
+            lines = httpx.get(f"{address}/metrics", headers=allowed).text.splitlines()
+            found = (re.fullmatch(r'retrieval_requests_total\{status="(\d+)"\} (.+)', line) for line in lines)
+            return {int(line[1]): int(float(line[2])) for line in found if line}
+
+        assert counts() == {}
+        post(address, {"queries": ["Warsaw"]})  # without the token
+        for queries in (["Warsaw"], ["Warsaw", "Curie"], ["a"] * 3, [1], ["x" * 90_000] * 200):
+            post(address, {"queries": queries}, headers=allowed)
+        post(address, {"queries": ["a"], "topk": 0}, headers=allowed)
+        httpx.post(f"{address}/retrieve", content=b"{no json", headers=allowed)
+        assert counts() == {200: 2, 401: 1, 413: 2, 422: 3}
+        assert httpx.get(f"{address}/retrieve").status_code == 405
+        assert httpx.get(f"{address}/health").status_code == 200
+        assert counts() == {200: 2, 401: 1, 405: 1, 413: 2, 422: 3}
+
+
+def test_failed_searches_and_errors_are_counted_too() -> None:
+    class Wrong(ListIndex):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+            raise RuntimeError("a bug")
+
+    async def statuses(index: Index) -> tuple[int, str]:
+        app = create_app(index)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as own:
+            answer = await own.post("/retrieve", json={"queries": ["a"]})
+            return answer.status_code, (await own.get("/metrics")).text
+
+    for index, status in ((BrokenIndex(), 503), (Wrong(), 500)):
+        seen, metrics = asyncio.run(statuses(index))
+        assert seen == status
+        assert f'retrieval_requests_total{{status="{status}"}} 1.0' in metrics
 
 
 def test_the_client_is_an_index_like_the_one_behind_the_server(url: str, folder: Path) -> None:
@@ -294,14 +334,3 @@ def test_the_command_line_checks_and_measures_an_index(folder: Path, tmp_path: P
     assert figures["all_gold"] == {"1": 0.5, "3": 0.5}
     assert figures["answer"]["3"] == 1.0
     assert run("eval", "--index", str(folder), "--questions", str(tmp_path / "toy.jsonl"), "--k", "x").returncode == 1
-
-
-def test_a_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
-    Bm25Index.build(PASSAGES, tmp_path / "index")
-    path = tmp_path / "index" / "passages.jsonl"
-    data = bytearray(path.read_bytes())
-    data[10] ^= 1
-    path.write_bytes(data)
-    done = run("verify", "--index", str(tmp_path / "index"))
-    assert done.returncode == 1
-    assert "passages.jsonl" in done.stdout

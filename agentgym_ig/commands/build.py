@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from agentgym_ig.indexes.bm25 import Bm25Settings
     from agentgym_ig.indexes.build import Kind, Progress
+    from agentgym_ig.indexes.encoders import EncoderSettings
 
 Corpus = Annotated[
     str,
@@ -30,7 +32,14 @@ Corpus = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the new index.")]
 Memory = Annotated[str, typer.Option("--max-memory", help="What the build may use, such as 2GB or 800MB.")]
-Model = Annotated[str, typer.Option(help="Encoder of a dense index: a sentence-transformers or transformers model.")]
+Model = Annotated[str, typer.Option(help="Encoder of a dense index: a model's folder, or its name on the hub.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of an encoder on the hub.")]
+QueryPrefix = Annotated[str | None, typer.Option(help="Before every query; by default the encoder's own.")]
+PassagePrefix = Annotated[str | None, typer.Option(help="Before every passage; by default the encoder's own.")]
+Pooling = Annotated[str | None, typer.Option(help="mean, cls or last; by default the encoder's own.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to embed: cpu, cuda, cuda:1; by default a GPU if there is one.")
+]
 
 SIZES = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 BM25S_UP_TO = 1_000_000
@@ -48,62 +57,114 @@ def build(
     stemmer: Annotated[str, typer.Option(help="bm25s: Snowball stemmer, or 'none'.")] = "english",
     title_weight: Annotated[int, typer.Option(help="bm25s: how often the title counts beside the text.")] = 1,
     encoder: Model = "intfloat/e5-base-v2",
-    factory: Annotated[str, typer.Option(help="faiss: factory string, such as Flat, HNSW32 or IVF4096,SQ8.")] = "auto",
+    revision: Revision = None,
+    query_prefix: QueryPrefix = None,
+    passage_prefix: PassagePrefix = None,
+    pooling: Pooling = None,
+    device: Device = None,
+    factory: Annotated[
+        str, typer.Option(help="faiss: factory string, such as HNSW32 or IVF4096,SQ8; auto goes by the corpus's size.")
+    ] = "auto",
+    parameters: Annotated[str, typer.Option(help="faiss: how thoroughly to search, such as nprobe=64.")] = "",
+    vectors_from: Annotated[
+        Path | None, typer.Option(help="faiss: take the vectors of this torch index over the same corpus.")
+    ] = None,
     max_memory: Memory = "4GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the build will need.")] = False,
 ) -> None:
     """Build an index over a corpus. Killed or interrupted, the same command goes on where it stopped."""
     from agentgym_ig.indexes.bm25 import Bm25Settings
 
-    settings = Bm25Settings(k1=k1, b=b, stemmer=None if stemmer == "none" else stemmer, title_weight=title_weight)
+    bm25 = Bm25Settings(k1=k1, b=b, stemmer=None if stemmer == "none" else stemmer, title_weight=title_weight)
+    chosen: Kind | Callable[[int], Kind]
+    if kind == "auto":
+        chosen = partial(_by_size, bm25=bm25)
+    elif kind == "bm25s":
+        chosen = bm25
+    elif kind == "lucene":
+        chosen = _lucene(bm25)
+    elif kind in ("faiss", "torch"):
+        from agentgym_ig.indexes.dense import Faiss, Torch, auto_factory
 
-    def choose(count: int) -> Kind:
-        if kind == "auto":
-            return _by_size(count, settings)
-        return _kind(kind, settings, encoder, factory)
+        settings = _encoder(encoder, revision, query_prefix, passage_prefix, pooling)
 
-    if kind != "auto":
-        choose(0)  # a mistake in the options shows before the corpus is read
-    memory = _bytes(max_memory)
-    if dry_run:
-        _say_needs(corpus, choose, memory)
+        def faiss(count: int) -> Kind:
+            made = auto_factory(count) if factory == "auto" else factory
+            return Faiss(settings, made, parameters, device=device, vectors_from=vectors_from)
+
+        chosen = Torch(settings, device=device) if kind == "torch" else faiss
     else:
-        _build(corpus, out, choose, memory)
+        raise ValueError(f"--kind {kind!r}: choose auto, bm25s, lucene, faiss or torch")
+    if dry_run:
+        _say_needs(corpus, chosen, _bytes(max_memory))
+    else:
+        _build(corpus, out, chosen, _bytes(max_memory))
 
 
-def _kind(kind: str, bm25: Bm25Settings, encoder: str, factory: str) -> Kind:
-    if kind == "bm25s":
-        return bm25
-    if kind in ("faiss", "torch"):
-        return _dense(kind, encoder, factory)
-    if kind == "lucene":
-        from agentgym_ig.indexes.lucene import Lucene
+def import_index(
+    corpus: Corpus,
+    out: Out,
+    faiss: Annotated[Path | None, typer.Option(help="A FAISS file; row i of it is passage i of the corpus.")] = None,
+    lucene: Annotated[
+        Path | None,
+        typer.Option(help="A folder of Lucene files, over the corpus in its order or with row numbers as ids."),
+    ] = None,
+    encoder: Model = "intfloat/e5-base-v2",
+    revision: Revision = None,
+    query_prefix: QueryPrefix = None,
+    passage_prefix: PassagePrefix = None,
+    pooling: Pooling = None,
+    parameters: Annotated[str, typer.Option(help="faiss: how thoroughly to search, such as efSearch=128.")] = "",
+) -> None:
+    """Take in an index that others published, with its corpus and, for a FAISS file, its encoder."""
+    if (faiss is None) == (lucene is None):
+        raise ValueError("give --faiss FILE or --lucene FOLDER")
+    kind: Kind
+    if faiss is not None:
+        from agentgym_ig.indexes.dense import FaissFile
 
-        return Lucene(k1=bm25.k1, b=bm25.b)
-    raise ValueError(f"--kind {kind!r}: choose auto, bm25s, lucene, faiss or torch")
+        settings = _encoder(encoder, revision, query_prefix, passage_prefix, pooling)
+        kind = FaissFile(settings, faiss, parameters)
+    else:
+        from agentgym_ig.indexes.lucene import LuceneFiles
+
+        kind = LuceneFiles(path=cast("Path", lucene))
+    _build(corpus, out, kind, _bytes("4GB"))
 
 
-def _dense(kind: str, encoder: str, factory: str) -> Kind:
-    from agentgym_ig.indexes.dense import Faiss, Torch
+def _encoder(
+    model: str, revision: str | None, query_prefix: str | None, passage_prefix: str | None, pooling: str | None
+) -> EncoderSettings:
     from agentgym_ig.indexes.encoders import EncoderSettings
 
-    settings = EncoderSettings(model=encoder)
-    return Torch(settings) if kind == "torch" else Faiss(settings, factory)
+    return EncoderSettings(
+        model=model,
+        revision=revision,
+        query_prefix=query_prefix,
+        passage_prefix=passage_prefix,
+        pooling=cast("Any", pooling),  # checked where it is used
+    )
+
+
+def _lucene(bm25: Bm25Settings) -> Kind:
+    from agentgym_ig.indexes.jvm import find_jvm
+    from agentgym_ig.indexes.lucene import Lucene
+
+    find_jvm()  # or its absence would show only after the corpus was read
+    return Lucene(k1=bm25.k1, b=bm25.b)
 
 
 def _by_size(count: int, bm25: Bm25Settings) -> Kind:
     if count <= BM25S_UP_TO:
         console.print(f"{count:,} passages: bm25s, the faster up to {BM25S_UP_TO:,}")
         return bm25
-    from agentgym_ig.indexes.jvm import find_jvm
-
     try:
-        find_jvm()
+        chosen = _lucene(bm25)
     except AgentGymError as error:
-        console.print(f"{count:,} passages: bm25s, though Lucene would search them faster: {error}")
+        console.print(f"{count:,} passages: bm25s, though Lucene would search them faster: {error}", markup=False)
         return bm25
     console.print(f"{count:,} passages: Lucene, the faster past {BM25S_UP_TO:,}")
-    return _kind("lucene", bm25, "", "")
+    return chosen
 
 
 def _bytes(size: str) -> int:
@@ -118,7 +179,7 @@ def _size(count: int) -> str:
     return f"{count / SIZES[unit]:.1f} {unit}"
 
 
-def _say_needs(corpus: str, choose: Callable[[int], Kind], memory: int) -> None:
+def _say_needs(corpus: str, choose: Kind | Callable[[int], Kind], memory: int) -> None:
     from agentgym_ig.indexes.estimate import estimate
 
     needs = estimate(corpus, choose)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -9,18 +11,22 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from agentgym_ig.commands.build import build, split
-from agentgym_ig.commands.console import console
-from agentgym_ig.commands.parts import Cache, Indexes, Rerank
+from agentgym_ig.commands.build import build, import_index, split
+from agentgym_ig.commands.console import console, interruptible
+from agentgym_ig.commands.parts import Cache, Device, Indexes, Moved, Rerank
 from agentgym_ig.errors import AgentGymError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Token = Annotated[
+    str | None, typer.Option(envvar="AGENTGYM_IG_TOKEN", help="Ask for this bearer token.", show_envvar=True)
+]
 IndexFolder = Annotated[Path, typer.Option("--index", help="Folder of the index.")]
 
 app = typer.Typer(no_args_is_help=True, help="Build, check, search, evaluate and serve indexes.")
 
 
 app.command()(build)
+app.command("import")(import_index)
 app.command()(split)
 
 
@@ -56,6 +62,8 @@ def evaluate(
     index: Indexes,
     questions: Annotated[list[Path], typer.Option(help="Question files; give the option once for each.")],
     k: Annotated[str, typer.Option(help="Numbers of passages, with commas.")] = "1,3,5,10",
+    encoder: Moved = None,
+    device: Device = None,
     rerank: Rerank = None,
     cache: Cache = None,
     as_json: AsJson = False,
@@ -67,7 +75,9 @@ def evaluate(
 
     wanted = _numbers("--k", k)
     asked = [question for path in questions for question in read_questions(path)]
-    figures = evaluate_retrieval(open_indexes(index, rerank=rerank, cache=cache), asked, wanted)
+    figures = evaluate_retrieval(
+        open_indexes(index, encoder=encoder, device=device, rerank=rerank, cache=cache), asked, wanted
+    )
     if as_json:
         console.print_json(data=figures)
         return
@@ -84,6 +94,8 @@ def bench(
     questions: Annotated[list[Path], typer.Option(help="Question files, whose words are the queries.")],
     k: Annotated[int, typer.Option(help="Passages per query.")] = 10,
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,64,512",
+    encoder: Moved = None,
+    device: Device = None,
     rerank: Rerank = None,
     as_json: AsJson = False,
 ) -> None:
@@ -94,7 +106,7 @@ def bench(
 
     sizes = _numbers("--batch", batch)
     queries = [question.text for path in questions for question in read_questions(path)]
-    figures = measure(lambda: open_indexes(index, rerank=rerank), queries, k, sizes)
+    figures = measure(lambda: open_indexes(index, encoder=encoder, device=device, rerank=rerank), queries, k, sizes)
     if as_json:
         console.print_json(data=figures)
         return
@@ -115,11 +127,11 @@ def serve(
         str, typer.Option(help="Address to listen on; other machines reach it only if you name one.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    token: Annotated[
-        str | None, typer.Option(envvar="AGENTGYM_IG_TOKEN", help="Ask for this bearer token.", show_envvar=True)
-    ] = None,
+    token: Token = None,
     max_queries: Annotated[int, typer.Option(help="Queries per request.")] = 1024,
     max_k: Annotated[int, typer.Option(help="Passages per query.")] = 1000,
+    encoder: Moved = None,
+    device: Device = None,
     rerank: Rerank = None,
     cache: Cache = None,
 ) -> None:
@@ -134,11 +146,29 @@ def serve(
         ) from error
     from agentgym_ig.indexes.opening import open_indexes
 
-    opened = open_indexes(index, rerank=rerank, cache=cache)
+    opened = open_indexes(index, encoder=encoder, device=device, rerank=rerank, cache=cache)
     opened.search(["warm up"], 1)  # the first search maps the files and, for large indexes, compiles
     served = create_app(opened, limits=Limits(queries=max_queries, k=max_k), token=token)
     console.print(f"serving on http://{host}:{port}/retrieve; stop with Ctrl-C")
     uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
+
+
+@app.command("serve-cluster")
+def serve_cluster(
+    shard: Annotated[list[Path], typer.Option(help="Folder of a part, the same on every host; once for each.")],
+    replicas: Annotated[int, typer.Option(help="Processes per shard, spread over the hosts.")] = 1,
+    host: Annotated[str, typer.Option(help="Every host's loopback, or 0.0.0.0 for all their addresses.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    token: Token = None,
+) -> None:
+    """Serve the parts of an index (`index split`) from the Ray cluster that this host belongs to."""
+    if find_spec("ray") is None:
+        raise AgentGymError("ray is missing; install it: pip install 'agentgym_ig[ray]'")
+    from agentgym_ig.indexes.cluster import Cluster, serving
+
+    with interruptible("Stopped."), serving(shard, Cluster(replicas=replicas, token=token), host=host, port=port):
+        console.print(f"{len(shard)} shards on http://{host}:{port}/retrieve, from every host; stop with Ctrl-C")
+        threading.Event().wait()
 
 
 @app.command()
@@ -146,6 +176,8 @@ def search(
     query: Annotated[list[str], typer.Argument(help="One or more queries.")],
     index: Indexes,
     k: Annotated[int, typer.Option(help="Passages per query.")] = 5,
+    encoder: Moved = None,
+    device: Device = None,
     rerank: Rerank = None,
     cache: Cache = None,
 ) -> None:
@@ -154,7 +186,7 @@ def search(
 
     from agentgym_ig.indexes.opening import open_indexes
 
-    opened = open_indexes(index, rerank=rerank, cache=cache)
+    opened = open_indexes(index, encoder=encoder, device=device, rerank=rerank, cache=cache)
     for asked, hits in zip(query, opened.search(query, k), strict=True):
         console.print(f"[bold]{escape(asked)}[/]" + ("" if hits else "  (nothing found)"))
         for rank, hit in enumerate(hits, 1):

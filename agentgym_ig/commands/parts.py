@@ -24,6 +24,8 @@ Indexes = Annotated[
     typer.Option("--index", help="Folder of an index, or a server's address; several are fused by their ranks."),
 ]
 Rerank = Annotated[str | None, typer.Option(help="Sort what was found by this cross-encoder (sentence-transformers).")]
+Moved = Annotated[str | None, typer.Option("--encoder", help="The dense index's encoder, if it lies elsewhere now.")]
+Device = Annotated[str | None, typer.Option(help="Where a dense index computes; by default a GPU if there is one.")]
 Cache = Annotated[Path | None, typer.Option(help="Keep results in this file, for later runs too.")]
 
 if TYPE_CHECKING:
