@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import socket
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ def server(scratch: Path) -> dict[str, Any]:
 
 
 def _in_process(folder: Path) -> float:
-    index, asked = open_index(folder), queries(4096)
+    index, asked = open_index(folder, threads=os.cpu_count() or 1), queries(4096)
     index.search(asked[:64], K)
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < SECONDS:
@@ -69,8 +70,8 @@ def _serve(folder: Path, port: int, merge: bool) -> None:
 
     from agentgym_ig.indexes.server import create_app
 
-    index = open_index(folder)
-    index.search(["warm up"], K)
+    index = open_index(folder, threads=os.cpu_count() or 1)
+    index.search(["warm", "up"], K)
     uvicorn.run(create_app(index, merge=merge), port=port, log_level="error")
 
 

@@ -15,11 +15,12 @@ from agentgym_ig.indexes.hybrid import HybridIndex
 from agentgym_ig.indexes.manifest import MANIFEST, read_manifest
 
 
-def open_index(place: Path | str, *, encoder: str | None = None, device: str | None = None) -> Index:
+def open_index(place: Path | str, *, encoder: str | None = None, device: str | None = None, threads: int = 1) -> Index:
     """The index in a folder, of whatever kind it is, or behind an address that begins with `http://` or `https://`.
 
     A folder of Lucene files that Anserini or pyserini made is an index too. `encoder` names the model folder where the
-    one in the manifest has moved, and `device` where a dense index computes; other kinds ignore them.
+    one in the manifest has moved, and `device` where a dense index computes; `threads` is how many queries bm25s
+    searches at once (Lucene, FAISS and torch take all cores by themselves). Kinds ignore what is not theirs.
 
     Raises IndexUnusable when there is no index, or one that does not fit its passages or encoder.
     """
@@ -32,7 +33,9 @@ def open_index(place: Path | str, *, encoder: str | None = None, device: str | N
         return LuceneIndex.open(folder)
     kind = read_manifest(folder)["kind"]
     if kind == "bm25s":
-        return Bm25Index.open(folder)
+        index = Bm25Index.open(folder)
+        index.threads = threads
+        return index
     if kind == "lucene":
         from agentgym_ig.indexes.lucene import LuceneIndex
 
@@ -49,6 +52,7 @@ def open_indexes(
     *,
     encoder: str | None = None,
     device: str | None = None,
+    threads: int = 1,
     rerank: str | None = None,
     cache: Path | None = None,
 ) -> Index:
@@ -58,7 +62,7 @@ def open_indexes(
     """
     if not places:
         raise IndexUnusable("no index was named; give a folder or an address")
-    opened = [open_index(place, encoder=encoder, device=device) for place in places]
+    opened = [open_index(place, encoder=encoder, device=device, threads=threads) for place in places]
     index: Index = opened[0] if len(opened) == 1 else HybridIndex(opened)
     if rerank is not None:
         from agentgym_ig.indexes.rerank import RerankedIndex

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,8 +147,9 @@ def serve(
         ) from error
     from agentgym_ig.indexes.opening import open_indexes
 
-    opened = open_indexes(index, encoder=encoder, device=device, rerank=rerank, cache=cache)
-    opened.search(["warm up"], 1)  # the first search maps the files and, for large indexes, compiles
+    cores = os.cpu_count() or 1
+    opened = open_indexes(index, encoder=encoder, device=device, threads=cores, rerank=rerank, cache=cache)
+    opened.search(["warm", "up"], 1)  # the first search maps the files and, for large indexes, compiles
     served = create_app(opened, limits=Limits(queries=max_queries, k=max_k), token=token)
     console.print(f"serving on http://{host}:{port}/retrieve; stop with Ctrl-C")
     uvicorn.run(served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)

@@ -44,7 +44,7 @@ def _run(program: Callable[[], object]) -> None:
     """
     try:
         program()
-    except (AgentGymError, ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (AgentGymError, ImportError, ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         if os.environ.get("AGENTGYM_IG_TRACEBACK"):
             raise
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
