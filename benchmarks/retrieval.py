@@ -10,7 +10,8 @@ Indexes stay in the scratch folder (about 5 GB), so a second run, or one of a si
 - speed     our batch search beside the bare call of bm25s, pyserini and FAISS on the same index
 - growth    building, opening and searching 100,000 and 1,000,000 passages; on paper 21 million
 - kills     a build of a million passages, killed ten times, beside one that was never killed
-- vectors   FAISS Flat beside a NumPy scan; HNSW and IVF beside Flat, 100,000 and 1,000,000 vectors
+- vectors   FAISS Flat beside a NumPy scan; 8-bit codes and IVF beside Flat, 100,000 and 1,000,000 vectors
+- graphs    HNSW likewise
 - server    64 clients over HTTP beside the index in process; merged requests beside one search a request
 """
 
@@ -29,15 +30,16 @@ from benchmarks.measure import where
 from benchmarks.retrieval_growth import growth, kills
 from benchmarks.retrieval_server import server
 from benchmarks.retrieval_speed import quality, speed
-from benchmarks.retrieval_vectors import vectors
+from benchmarks.retrieval_vectors import graphs, vectors
 
 SECTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "quality": quality,
     "speed": speed,
     "growth": growth,
     "kills": kills,
-    "vectors": vectors,
     "server": server,
+    "vectors": vectors,
+    "graphs": graphs,
 }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,16 @@ from agentgym_ig.indexes.store import PassageStore
 from agentgym_ig.records import write_json
 from agentgym_ig.types import Hit, Passage, texts
 
+WORD = re.compile(r"(?u)\b\w\w+\b")
+"""What a word is: bm25s's default."""
+KNOWN_WORDS = 200_000
+"""Words of queries whose numbers are kept: some 20 MB."""
+LEAST_PART = 8
+"""Queries below which a batch is not cut up for several threads."""
+SPARE = 10
+"""Passages found beyond k, in case there are ties."""
+WIDER = 8
+"""How many times more are looked at where there are still more ties."""
 COMPILE_FROM = 20_000
 """Passages from which on numba's compile time (about 4 s once a process) is won back by its speed."""
 LIBRARY_MEMORY = 400 << 20
@@ -73,7 +86,12 @@ class Bm25Settings:
         stemmer = Stemmer.Stemmer(self.stemmer) if self.stemmer else None
         stopwords = self.stopwords if isinstance(self.stopwords, str) else list(self.stopwords)
         return bm25s.tokenize(
-            list(lines), stopwords=stopwords, stemmer=stemmer, return_ids=return_ids, show_progress=False
+            list(lines),
+            token_pattern=WORD.pattern,
+            stopwords=stopwords,
+            stemmer=stemmer,
+            return_ids=return_ids,
+            show_progress=False,
         )
 
     def count(self, passages: Sequence[Passage]) -> Postings:
@@ -150,7 +168,7 @@ class Bm25Index:
     """An `Index` over BM25 scores. Make one with `from_passages`, or with `build` and `open` for one on disk.
 
     Attributes:
-        threads: how many of a batch's queries are searched at once, on indexes large enough to be compiled.
+        threads: how many of a batch's queries are searched at once; pays on indexes large enough to be compiled.
     """
 
     def __init__(self, scores: bm25s.BM25, passages: PassageStore | list[Passage], settings: Bm25Settings) -> None:
@@ -158,9 +176,16 @@ class Bm25Index:
         self._passage = passages.read if isinstance(passages, PassageStore) else passages.__getitem__
         self.corpus_sha256: str | None = None
         self.threads = 1
+        self._known: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._passages)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The number of each word."""
+        words: dict[str, int] = self._scores.vocab_dict
+        return words
 
     def passages(self) -> Iterator[Passage]:
         """All passages, in the order in which they were indexed."""
@@ -208,38 +233,60 @@ class Bm25Index:
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """See `Index.search`. Only passages that share a word with the query are hits."""
         check_k(k)
-        numbers = self._scores.vocab_dict
-        tokens = [[numbers[word] for word in words if word in numbers] for words in self.settings.tokenize(queries)]
-        asked = [row for row, words in enumerate(tokens) if words]
+        numbers = self.numbers(queries)
+        asked = [row for row, words in enumerate(numbers) if words]
         found: list[list[Hit]] = [[] for _ in queries]
-        if not asked:
-            return found
-        # One more than asked for: if it scores less than the last, no tie was cut through.
-        rows, scores = self._scores.retrieve(
-            [tokens[row] for row in asked],
-            k=min(k + 1, len(self)),
-            show_progress=False,
-            n_threads=self.threads,
-        )
-        without_ties = (scores[:, :-1] > scores[:, 1:]).all(axis=1) & (scores[:, :k].min(axis=1) > 0)
-        best = zip(asked, rows[:, :k].tolist(), scores[:, :k].tolist(), without_ties.tolist(), strict=True)
-        for i, (row, own, their_scores, clear) in enumerate(best):
-            found[row] = (
-                list(map(make_hit, zip(map(self._passage, own), their_scores, strict=True)))
-                if clear
-                else self._with_ties(tokens[row], rows[i], scores[i], k)
-            )
+        # Threads of our own, each in the library's serial search: what Python does for one goes on beside the others.
+        size = max(-(-len(asked) // self.threads), LEAST_PART)
+        parts = [asked[first : first + size] for first in range(0, len(asked), size)]
+        search = partial(self._search, numbers, k)
+        results = self._pool.map(search, parts) if len(parts) > 1 else map(search, parts)
+        for part, hits in zip(parts, results, strict=True):
+            for row, own in zip(part, hits, strict=True):
+                found[row] = own
         return found
 
-    def _with_ties(self, words: list[int], rows: NDArray[Any], scores: NDArray[Any], k: int) -> list[Hit]:
-        if len(rows) > k and scores[k] == scores[k - 1] and scores[k] > 0:
-            every: NDArray[Any] = self._scores.get_scores_from_ids(words)
-            rows = np.flatnonzero(every >= scores[k])
-            scores = every[rows]
-        else:
-            rows, scores = rows[:k], scores[:k]
-        positive = scores > 0
-        return ranked(map(self._passage, rows[positive].tolist()), scores[positive].tolist())[:k]
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads)
+
+    def numbers(self, queries: Sequence[str]) -> list[list[int]]:
+        """The numbers of each query's words that the index knows; what a word becomes is worked out once."""
+        split = [WORD.findall(query.lower()) for query in queries]
+        known = self._known
+        if len(known) > KNOWN_WORDS:
+            known = self._known = {}
+        new = list({word for words in split for word in words} - known.keys())
+        if new:
+            for word, stems in zip(new, self.settings.tokenize(new), strict=True):
+                known[word] = self.vocabulary.get(stems[0], -1) if stems else -1
+        return [[number for word in words if (number := known[word]) >= 0] for words in split]
+
+    def _search(self, numbers: list[list[int]], k: int, part: list[int], width: int | None = None) -> list[list[Hit]]:
+        """The hits of some queries; `width` passages are looked at for each, or all if there are not so many."""
+        # Some more than asked for: mostly they show that no tie was cut through, or what it was cut through.
+        width = min(width or k + SPARE, len(self))
+        rows, scores = self._scores.retrieve([numbers[row] for row in part], k=width, show_progress=False)
+        known = scores[:, : k + 1]
+        clear = (known[:, :-1] > known[:, 1:]).all(axis=1) & (scores[:, :k].min(axis=1) > 0)
+        best = zip(rows[:, :k].tolist(), scores[:, :k].tolist(), clear.tolist(), strict=True)
+        hits = [
+            list(map(make_hit, zip(map(self._passage, own), theirs, strict=True)))
+            if without_ties
+            else self._ranked(rows[i], scores[i], k)
+            for i, (own, theirs, without_ties) in enumerate(best)
+        ]
+        least = scores[:, min(k, width) - 1]
+        cut = np.flatnonzero((scores[:, -1] == least) & (least > 0)).tolist() if width < len(self) else []
+        if cut:
+            again = self._search(numbers, k, [part[i] for i in cut], WIDER * width)
+            for i, own in zip(cut, again, strict=True):
+                hits[i] = own
+        return hits
+
+    def _ranked(self, rows: NDArray[Any], scores: NDArray[Any], k: int) -> list[Hit]:
+        kept = (scores >= scores[min(k, len(scores)) - 1]) & (scores > 0)
+        return ranked(map(self._passage, rows[kept].tolist()), scores[kept].tolist())[:k]
 
 
 def _backend(passages: int) -> str:

@@ -9,6 +9,7 @@ into the next one, one call of the index per k.
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections import deque
@@ -168,6 +169,16 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+def leave_cores_to_others() -> None:
+    """Let the threads of OpenMP sleep while they wait, where nobody has said otherwise.
+
+    Spinning, as they do by default, they take the cores from the threads that speak HTTP. Has an effect only before
+    torch or FAISS is loaded.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def document(hit: Hit) -> dict[str, Any]:

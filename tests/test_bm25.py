@@ -138,6 +138,16 @@ def test_long_and_odd_queries_are_searched_like_any_other(tmp_path: Path) -> Non
     assert index.search(["\x00\x1b radium \ud800"], 1)[0][0].passage.id == "p1"
 
 
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=40), max_size=4), st.sampled_from([Bm25Settings(), PLAIN]))
+def test_words_of_queries_are_those_of_passages(lines: list[str], chosen: Bm25Settings) -> None:
+    """A query's words are looked up one by one; together they must be what the library makes of the whole."""
+    lines += ["The harbor of HARBORS, harbors' Straße ΑΣ İstanbul"]
+    index = Bm25Index.from_passages([Passage(str(i), line, "end") for i, line in enumerate(lines)], chosen)
+    expected = [[index.vocabulary[word] for word in words] for words in chosen.tokenize(lines)]
+    assert index.numbers(lines) == index.numbers(lines) == expected
+
+
 def test_threads_change_nothing() -> None:
     rng = np.random.default_rng(0)
     words_ = [f"word{i}" for i in range(300)]

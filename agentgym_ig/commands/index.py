@@ -140,13 +140,14 @@ def serve(
     try:
         import uvicorn
 
-        from agentgym_ig.indexes.server import Limits, create_app
+        from agentgym_ig.indexes.server import Limits, create_app, leave_cores_to_others
     except ModuleNotFoundError as error:
         raise AgentGymError(
             f"{error.name} is missing; install the server: pip install 'agentgym_ig[server]'"
         ) from error
     from agentgym_ig.indexes.opening import open_indexes
 
+    leave_cores_to_others()
     cores = os.cpu_count() or 1
     opened = open_indexes(index, encoder=encoder, device=device, threads=cores, rerank=rerank, cache=cache)
     opened.search(["warm", "up"], 1)  # the first search maps the files and, for large indexes, compiles
