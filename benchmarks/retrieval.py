@@ -11,7 +11,7 @@ Indexes stay in the scratch folder (about 5 GB), so a second run, or one of a si
 - growth    building, opening and searching 100,000 and 1,000,000 passages; on paper 21 million
 - kills     a build of a million passages, killed ten times, beside one that was never killed
 - vectors   FAISS Flat beside a NumPy scan; 8-bit codes and IVF beside Flat, 100,000 and 1,000,000 vectors
-- graphs    HNSW likewise
+- graphs    HNSW likewise, at 100,000 and 300,000
 - server    64 clients over HTTP beside the index in process; merged requests beside one search a request
 """
 

@@ -28,7 +28,7 @@ DIMENSION = 384
 
 
 def made_up(count: int, seed: int = 0) -> tuple[Array, Array]:
-    """Unit vectors around 4,096 centres, and queries near some of them; neighbours are closer than in real data."""
+    """Unit vectors around 4,096 centres, and queries near some of them."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((4096, DIMENSION), dtype=np.float32)
     vectors = centres[rng.integers(0, len(centres), count)]
