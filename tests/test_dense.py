@@ -22,6 +22,7 @@ from agentgym_ig.indexes.dense import DenseIndex, Faiss, FaissFile, Torch
 from agentgym_ig.indexes.encoders import Encoder, EncoderSettings
 from agentgym_ig.indexes.estimate import estimate
 from agentgym_ig.indexes.manifest import read_manifest, sha256
+from agentgym_ig.indexes.splitting import check_parts, split_index
 from agentgym_ig.indexes.store import write_corpus
 from agentgym_ig.tinywiki import World
 from tests.test_encoders import DATA, mini_corpus, minilm
@@ -302,3 +303,20 @@ def test_a_real_encoder_finds_what_questions_need(tmp_path: Path) -> None:
     found = ids(DenseIndex.open(folder, device="cpu"), [question.text for question in questions])
     hit = [set(question.supporting) <= set(own) for question, own in zip(questions, found, strict=True)]
     assert np.mean(hit) >= 0.9
+
+
+def test_parts_merged_are_the_whole(built: Path, tmp_path: Path) -> None:
+    whole = DenseIndex.open(built, device="cpu")
+    folders = split_index(built, 3, tmp_path)
+    found = [open_index(folder, device="cpu").search(QUERIES, 7) for folder in folders]
+    for i, expected in enumerate(whole.search(QUERIES, 7)):
+        merged = sorted((hit for lists in found for hit in lists[i]), key=lambda hit: (-hit.score, hit.passage.id))[:7]
+        assert [hit.passage for hit in merged] == [hit.passage for hit in expected]
+        assert [hit.score for hit in merged] == [hit.score for hit in expected]
+    check_parts(folders)
+
+
+def test_kinds_that_cannot_be_cut_say_so(model: EncoderSettings, tmp_path: Path) -> None:
+    build_index(corpus(), tmp_path / "graph", Faiss(model, "HNSW4"), SMALL)
+    with pytest.raises(IndexUnusable, match="only bm25s, torch ones can be cut"):
+        split_index(tmp_path / "graph", 2, tmp_path / "parts")
