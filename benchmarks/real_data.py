@@ -10,13 +10,10 @@ where AGENTGYM_IG_DATA says: `corpus.jsonl.gz` and `questions/<dataset>.jsonl.gz
 
 from __future__ import annotations
 
-import os
-import platform
 import resource
 import tempfile
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +30,8 @@ from agentgym_ig.indexes.evaluate import evaluate_retrieval
 from agentgym_ig.records import write_json
 from agentgym_ig.trainers import Scorer
 from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model, tiny_policy
-
-DATA = Path(os.environ.get("AGENTGYM_IG_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+from benchmarks.corpora import DATA
+from benchmarks.measure import where
 
 
 def build(folder: Path) -> dict[str, float]:
@@ -98,10 +95,7 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures here a
     """Run everything and print it."""
     prepare_for_small_models()
     with tempfile.TemporaryDirectory() as scratch:
-        figures: dict[str, Any] = {
-            "date": date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        }
+        figures: dict[str, Any] = where()
         figures["index"] = build(Path(scratch) / "index")
         asked = suite(Path(scratch) / "index")
         figures["recall@10"] = recall_at_10(asked)

@@ -12,7 +12,7 @@ from threading import Lock
 import orjson
 
 from agentgym_ig.errors import IndexUnusable
-from agentgym_ig.indexes.base import Index, check_k
+from agentgym_ig.indexes.base import Index, check_k, clean
 from agentgym_ig.types import Hit, Passage
 
 ASKED_AT_ONCE = 500
@@ -50,7 +50,7 @@ class CachedIndex:
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """See `Index.search`."""
         check_k(k)
-        asked = [query.encode("utf-8", "replace").decode() for query in queries]  # as SQLite will hold them
+        asked = list(map(clean, queries))  # as SQLite will hold them
         known = self._known(set(asked), k)
         new = list(dict.fromkeys(query for query in asked if query not in known))
         if new:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentgym_ig.errors import IndexUnusable
+from agentgym_ig.indexes.base import clean
 from agentgym_ig.indexes.manifest import sha256
 from agentgym_ig.types import Passage, texts
 
@@ -257,11 +258,6 @@ def quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def clean(text: str) -> str:
-    """The text without lone surrogates: they are no Unicode, and a tokenizer refuses them."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def best_device() -> str:

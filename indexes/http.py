@@ -11,6 +11,7 @@ import orjson
 from tenacity import AsyncRetrying, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
 from agentgym_ig.errors import SearchRefused, SearchTimeout, SearchUnavailable
+from agentgym_ig.indexes.base import check_k, clean
 from agentgym_ig.indexes.sources import split_contents
 from agentgym_ig.types import Hit, Passage
 
@@ -91,12 +92,11 @@ class HttpIndex:
         return found
 
     def _bodies(self, queries: Sequence[str], k: int) -> list[dict[str, Any]]:
-        if k < 1:
-            raise ValueError(f"k={k}: ask for at least 1 passage")
-        clean = [query.encode("utf-8", "replace").decode() for query in queries]  # lone surrogates are no JSON
+        check_k(k)
+        asked = list(map(clean, queries))
         return [
-            {"queries": clean[first : first + self.batch], "topk": k, "return_scores": True}
-            for first in range(0, len(clean), self.batch)
+            {"queries": asked[first : first + self.batch], "topk": k, "return_scores": True}
+            for first in range(0, len(asked), self.batch)
         ]
 
     def _policy(self) -> dict[str, Any]:

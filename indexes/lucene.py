@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 
 from agentgym_ig.errors import BuildFailed, IndexUnusable, SearchFailed
-from agentgym_ig.indexes.base import check_k, make_hit
+from agentgym_ig.indexes.base import check_k, clean, make_hit
 from agentgym_ig.indexes.build import Work, link_or_copy
 from agentgym_ig.indexes.jvm import HEAP, java
 from agentgym_ig.indexes.manifest import read_manifest
@@ -306,13 +306,12 @@ class LuceneIndex:
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """See `Index.search`. A query is a bag of words: no character in it has a meaning of its own."""
         check_k(k)
-        # Java has no lone surrogates to write, so they become question marks.
-        clean = [query.encode("utf-8", "replace").decode() for query in queries]
+        asked = list(map(clean, queries))
         k = max(min(k, self._size), 1)
         found: list[list[Hit]] = []
-        for start in range(0, len(clean), TOGETHER):
+        for start in range(0, len(asked), TOGETHER):
             with java(f"searching {self.folder}", SearchFailed) as jnius:
-                together = clean[start : start + TOGETHER]
+                together = asked[start : start + TOGETHER]
                 documents = self._search(jnius, together, k + self.ties_by_chance)
                 if self.ties_by_chance:
                     documents = [self._beyond_ties(*one, k) for one in zip(together, documents, strict=True)]

@@ -27,11 +27,8 @@ def open_index(place: Path | str, *, encoder: str | None = None, device: str | N
     if str(place).startswith(("http://", "https://")):
         return HttpIndex(str(place))
     folder = Path(place)
-    if next(folder.glob("segments_*"), None) is not None:
-        from agentgym_ig.indexes.lucene import LuceneIndex
-
-        return LuceneIndex.open(folder)
-    kind = read_manifest(folder)["kind"]
+    made_by_others = next(folder.glob("segments_*"), None) is not None
+    kind = "lucene" if made_by_others else read_manifest(folder)["kind"]
     if kind == "bm25s":
         index = Bm25Index.open(folder)
         index.threads = threads

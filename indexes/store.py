@@ -14,6 +14,7 @@ import orjson
 from numpy.typing import NDArray
 
 from agentgym_ig.errors import CorpusError
+from agentgym_ig.indexes.base import clean
 from agentgym_ig.records import write_whole
 from agentgym_ig.types import Passage
 
@@ -138,8 +139,7 @@ def line(passage: Passage) -> bytes:
     try:
         return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
     except orjson.JSONEncodeError:
-        clean = {name: value.encode("utf-8", "replace").decode() for name, value in row.items()}
-        return orjson.dumps(clean, option=orjson.OPT_APPEND_NEWLINE)
+        return orjson.dumps({name: clean(value) for name, value in row.items()}, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _number(name: str) -> int:
