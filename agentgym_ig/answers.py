@@ -39,6 +39,11 @@ def _em_igpo(prediction: str, answer: str) -> float:
     return float(normalise_igpo(prediction) == normalise_igpo(answer))
 
 
+def _cover_em(prediction: str, answer: str) -> float:
+    wanted = normalise_squad(answer)
+    return float(wanted in normalise_squad(prediction)) if wanted else _em_squad(prediction, answer)
+
+
 def _f1_squad(prediction: str, answer: str) -> float:
     predicted, gold = Counter(normalise_squad(prediction).split()), Counter(normalise_squad(answer).split())
     if not predicted or not gold:  # an article alone; as SQuAD 2.0's scorer has it
@@ -54,11 +59,13 @@ def _f1_igpo(prediction: str, answer: str) -> float:
 _METRICS: dict[str, Callable[[str, str], float]] = {
     "em": _em_squad,
     "f1": _f1_squad,
+    "cover_em": _cover_em,
     "em_igpo": _em_igpo,
     "f1_igpo": _f1_igpo,
 }
 METRICS = tuple(_METRICS)
-"""Names of the metrics: `em` and `f1` are SQuAD's, the others the IGPO release's."""
+"""Names of the metrics: `em` and `f1` are SQuAD's; `cover_em` is 1 where the prediction contains the answer, both
+normalised as SQuAD does, character by character (Search-R1 calls it subem); the others are the IGPO release's."""
 
 
 def score(metric: str, prediction: str | None, answers: Iterable[str]) -> float:

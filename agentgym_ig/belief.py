@@ -20,9 +20,11 @@ ALIAS_POLICIES = ("first", "max", "mean", "logsumexp")
 def combine_aliases(beliefs: Sequence[float], policy: str) -> float:
     """One belief from those in several accepted answers (nats).
 
-    first: the first answer's (as the IGPO release). max, mean: as they say. logsumexp: of all of them.
-    Raises ValueError for another policy.
+    first: the first answer's (as the IGPO release). max, mean: as they say. logsumexp: of all of them. A belief that
+    is not finite makes the whole not a number. Raises ValueError for another policy.
     """
+    if policy in ALIAS_POLICIES and not all(map(math.isfinite, beliefs[:1] if policy == "first" else beliefs)):
+        return math.nan  # max() would hide it
     if policy == "first":
         return beliefs[0]
     if policy == "max":

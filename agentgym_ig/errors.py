@@ -35,3 +35,22 @@ class SearchUnavailable(SearchFailed):
 
 class SearchRefused(SearchFailed):
     """The server will not answer this request, now or later: it is wrong, too large, or not allowed."""
+
+
+class ServerFailed(AgentGymError):
+    """A request that a model's server did not fulfil; the message names the address and what came back."""
+
+
+class ServerUnavailable(ServerFailed):
+    """A server that cannot be reached, takes too long, or keeps answering that it cannot do it just now.
+
+    pause: seconds that the server asked to be left alone.
+    """
+
+    def __init__(self, message: str, pause: float = 0.0) -> None:
+        super().__init__(message)
+        self.pause = pause
+
+
+class ContextTooLong(ServerFailed):
+    """A request with more tokens than the server's model can take."""

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from agentgym_ig.types import Action, Question, Stop, Trajectory, Turn
+from agentgym_ig.errors import CorpusError
+from agentgym_ig.types import Action, Message, Question, Stop, Trajectory, Turn
 
 
 def to_json(episode: Trajectory) -> dict[str, Any]:
@@ -25,12 +26,14 @@ def from_json(row: dict[str, Any]) -> Trajectory:
             Action(turn["action"]["text"], tuple(turn["action"]["token_ids"]), tuple(turn["action"]["logprobs"])),
             turn["observation"],
             turn["rewards"],
+            tuple(turn["queries"]),
             tuple(turn["retrieved"]),
         )
         for turn in row["turns"]
     ]
     own = {
         "question": Question(**question),
+        "opening": tuple(Message(**message) for message in row["opening"]),
         "turns": tuple(turns),
         "stop": Stop(row["stop"]),
         "belief": tuple(row["belief"]),
@@ -38,20 +41,65 @@ def from_json(row: dict[str, Any]) -> Trajectory:
     return Trajectory(**(row | own))
 
 
+def _line(episode: Trajectory) -> bytes:
+    row = to_json(episode)
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and UTF-8 cannot
+        return json.dumps(row).encode() + b"\n"
+
+
 def write_episodes(path: Path, episodes: Iterable[Trajectory]) -> None:
     """One trajectory a line; the file appears only when it is whole."""
     partial = path.with_name(f".{path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8", errors="replace") as lines:
-        for episode in episodes:
-            lines.write(json.dumps(to_json(episode), ensure_ascii=False) + "\n")
+    with partial.open("wb") as lines:
+        lines.writelines(map(_line, episodes))
     partial.replace(path)
 
 
 def read_episodes(path: Path) -> list[Trajectory]:
-    """The trajectories that `write_episodes` wrote."""
-    with path.open(encoding="utf-8") as lines:
-        return [from_json(json.loads(line)) for line in lines]
+    """The trajectories of a file. Raises CorpusError, naming file and line, for a line that is none."""
+    with path.open("rb") as lines:
+        return _read(path, lines)
+
+
+def _read(path: Path, lines: Iterable[bytes]) -> list[Trajectory]:
+    episodes: list[Trajectory] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            episodes.append(from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorpusError(f"{path}:{number} is no episode: {error!r}") from error
+    return episodes
+
+
+class EpisodeLog:
+    """A file that episodes are added to as they end, a line each; what was in it when it was opened is in `done`.
+
+    A last line that a crash has cut off is removed. Raises CorpusError for a file of something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.done: list[Trajectory] = []
+        if path.exists():
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if not b'{"question": '.startswith(content[whole : whole + 13]):
+                raise CorpusError(f"{path} ends with something that is no episode; give another file")
+            self.done = _read(path, content[:whole].splitlines())
+            os.truncate(path, whole)
+        self._out = path.open("ab")
+
+    def add(self, episode: Trajectory) -> None:
+        """Write an episode; a crash of this process after that does not lose it."""
+        self._out.write(_line(episode))
+        self._out.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._out.close()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
-Role = Literal["user", "assistant", "tool"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """All that a policy may see of one episode, and the seed that all its random draws come from."""
+    """All that a policy may see of one episode, the seed that all its random draws come from, and the name of the
+    grammar that its actions follow.
+    """
 
     messages: tuple[Message, ...]
     seed: int = 0
+    grammar: str = "tags"
 
     @property
     def turn(self) -> int:
@@ -70,7 +73,7 @@ class Conversation:
 
     def plus(self, *messages: Message) -> Conversation:
         """The same episode, longer."""
-        return Conversation((*self.messages, *messages), self.seed)
+        return Conversation((*self.messages, *messages), self.seed, self.grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +94,33 @@ class Stop(StrEnum):
 
     ANSWERED = "answered"
     MAX_TURNS = "max_turns"
+    MAX_SEARCHES = "max_searches"
+    MAX_OBSERVATION = "max_observation"
+    """The next reply would not have fitted the budget of observation tokens."""
+    CONTEXT_FULL = "context_full"
+    """The conversation no longer fits the policy."""
     SEARCH_FAILED = "search_failed"
+    SCORING_FAILED = "scoring_failed"
+    """A reward channel gave no finite number."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the episode ended through no fault of the agent, and is left out of updates."""
+        return self in (Stop.SEARCH_FAILED, Stop.SCORING_FAILED)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One action and the environment's reply. `observation` is empty when the episode ended with the action.
 
-    `rewards` holds this turn's channels by name. `retrieved` are the ids of the passages that the reply shows.
+    `rewards` holds this turn's channels by name. `queries` are what the turn searched for, `retrieved` the ids of
+    the passages that the reply shows.
     """
 
     action: Action
     observation: str
     rewards: Mapping[str, float]
+    queries: tuple[str, ...] = ()
     retrieved: tuple[str, ...] = ()
 
 
@@ -111,28 +128,31 @@ class Turn:
 class Trajectory:
     """The record of one episode. `group` is shared by the episodes of one question in one batch.
 
-    `belief` holds the value of the gold answer before the first turn and after every search (so one entry
-    more than there are gains); it is empty until a scorer has filled it.
+    `opening` are the messages before the first turn. `belief` holds the value of the gold answer before the first
+    turn and after every search (so one entry more than there are gains); it is empty until a scorer has filled it.
+    `error` says what failed, if a channel did.
     """
 
     question: Question
-    prompt: str
+    opening: tuple[Message, ...]
     turns: tuple[Turn, ...]
     stop: Stop
     group: int
     seed: int
+    grammar: str = "tags"
     answer: str | None = None
     belief: tuple[float, ...] = ()
+    error: str | None = None
 
     @property
     def conversation(self) -> Conversation:
         """The whole episode as the policy saw it, its own words included."""
-        messages = [Message("user", self.prompt)]
+        messages = list(self.opening)
         for turn in self.turns:
             messages.append(Message("assistant", turn.action.text, turn.action.token_ids or None))
             if turn.observation:
                 messages.append(Message("tool", turn.observation))
-        return Conversation(tuple(messages), self.seed)
+        return Conversation(tuple(messages), self.seed, self.grammar)
 
     def channel(self, name: str) -> list[float | None]:
         """The channel's value for every turn, None where the turn has none."""

@@ -2,9 +2,12 @@
 
     python -m benchmarks.gpu --out benchmarks/results/gpu.json
 
-So far: exact flat search over as many made-up vectors as wiki-18 has passages (21,015,324 of 768 numbers, 32 GB as
-float16), by torch and, where FAISS has GPUs, by FAISS, beside what the memory's bandwidth allows: a batch must read
-every vector once. Not yet measured; `--device cpu --vectors 20000` tries the code.
+- Scoring of information gain with a random 0.5B model, packed and online beside plain passes (benchmarks.info_gain).
+- Exact flat search over as many made-up vectors as wiki-18 has passages (21,015,324 of 768 numbers, 32 GB as float16),
+  by torch and, where FAISS has GPUs, by FAISS, beside what the memory's bandwidth allows: a batch must read every
+  vector once.
+
+Not yet measured; `--device cpu --vectors 20000 --only flat_search` tries the code.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from agentgym_ig.commands.console import console
 from agentgym_ig.indexes.faiss_scan import FaissScan, load_faiss
 from agentgym_ig.indexes.scans import Extent, Scan, TorchScan
 from agentgym_ig.records import write_json
+from benchmarks.info_gain import on as info_gain_on
 from benchmarks.measure import where
 
 SHARD = 500_000
@@ -99,13 +103,20 @@ def main(
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cuda",
     vectors: Annotated[int, typer.Option(help="How many.")] = 21_015_324,
     dimension: Annotated[int, typer.Option(help="Numbers in a vector.")] = 768,
+    only: Annotated[list[str] | None, typer.Option(help="info_gain, flat_search; both by default.")] = None,
 ) -> None:
-    """Run everything and print it."""
+    """Run everything and print it; what is done is written before the next part begins."""
     name = torch.cuda.get_device_name() if device != "cpu" else "cpu"
-    figures = where() | {"device": name, "flat_search": flat_search(vectors, dimension, device)}
-    console.print_json(data=figures)
-    if out is not None:
-        write_json(out, figures)
+    parts = {
+        "info_gain": partial(info_gain_on, device),
+        "flat_search": partial(flat_search, vectors, dimension, device),
+    }
+    figures: dict[str, Any] = where() | {"device": name}
+    for part in only or parts:
+        figures[part] = parts[part]()
+        console.print_json(data={part: figures[part]})
+        if out is not None:
+            write_json(out, figures)
 
 
 if __name__ == "__main__":

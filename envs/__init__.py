@@ -1,46 +1,75 @@
-"""Gymnasium environments for multi-turn search, their reward wrappers, rollouts and evaluation.
+"""Gymnasium environments for multi-turn search, their reward channels, rollouts and evaluation.
 
-Registered: `agentgym_ig/TinyWiki-v0` needs nothing; `agentgym_ig/Search-v0` takes `index` and `questions`.
+Registered: `agentgym_ig/TinyWiki-v0` needs nothing; `agentgym_ig/Search-v0`, and one id for each dataset
+(`agentgym_ig/HotpotQA-v0`, …), take `index` and `questions`.
 """
 
 import gymnasium
 
+from agentgym_ig.envs.channels import (
+    Channel,
+    Evidence,
+    Format,
+    Judged,
+    Outcome,
+    RepeatQuery,
+    SearchCost,
+    SelfGuide,
+)
+from agentgym_ig.envs.datasets import DATASET_IDS, search_env, search_vector_env
 from agentgym_ig.envs.episode import Episode, Rules
 from agentgym_ig.envs.evaluate import SUITES, Evaluation, Suite, evaluate
-from agentgym_ig.envs.info_gain import InfoGain, VectorInfoGain
+from agentgym_ig.envs.info_gain import InfoGain
 from agentgym_ig.envs.rollout import Start, prompts_of, rollout
 from agentgym_ig.envs.search import SearchEnv, SearchVectorEnv
 from agentgym_ig.envs.tinywiki import tinywiki_index, tinywiki_questions
+from agentgym_ig.envs.wrappers import ChannelWrapper, VectorChannelWrapper, add_channel
 
 __all__ = [
+    "DATASET_IDS",
     "SUITES",
+    "Channel",
+    "ChannelWrapper",
     "Episode",
     "Evaluation",
+    "Evidence",
+    "Format",
     "InfoGain",
+    "Judged",
+    "Outcome",
+    "RepeatQuery",
     "Rules",
+    "SearchCost",
     "SearchEnv",
     "SearchVectorEnv",
+    "SelfGuide",
     "Start",
     "Suite",
-    "VectorInfoGain",
+    "VectorChannelWrapper",
+    "add_channel",
     "evaluate",
     "prompts_of",
     "rollout",
+    "search_env",
+    "search_vector_env",
     "tinywiki_index",
     "tinywiki_questions",
 ]
 
-gymnasium.register(
-    "agentgym_ig/Search-v0",
-    entry_point="agentgym_ig.envs.search:SearchEnv",
-    vector_entry_point="agentgym_ig.envs.search:SearchVectorEnv",
-    disable_env_checker=True,
-    order_enforce=False,
-)
-gymnasium.register(
-    "agentgym_ig/TinyWiki-v0",
-    entry_point="agentgym_ig.envs.tinywiki:tiny_env",
-    vector_entry_point="agentgym_ig.envs.tinywiki:tiny_vector_env",
-    disable_env_checker=True,
-    order_enforce=False,
-)
+
+def _register(name: str, maker: str, **kwargs: str) -> None:
+    # Checker and order enforcer are left out: the environments raise ResetNeeded and check actions themselves.
+    gymnasium.register(
+        name,
+        entry_point=f"agentgym_ig.envs.{maker}_env",
+        vector_entry_point=f"agentgym_ig.envs.{maker}_vector_env",
+        disable_env_checker=True,
+        order_enforce=False,
+        kwargs=kwargs,
+    )
+
+
+_register("agentgym_ig/TinyWiki-v0", "tinywiki:tiny")
+_register("agentgym_ig/Search-v0", "datasets:search")
+for _name, _dataset in DATASET_IDS.items():
+    _register(_name, "datasets:search", dataset=_dataset)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from agentgym_ig.answers import score
@@ -117,7 +118,7 @@ def _figures(episodes: Sequence[Trajectory]) -> dict[str, float]:
         "turns": sum(len(episode.turns) for episode in episodes) / n,
         "answered": sum(episode.stop is Stop.ANSWERED for episode in episodes) / n,
         "malformed": abs(sum(episode.total("format") for episode in episodes)) / n,
-        "search_failed": sum(episode.stop is Stop.SEARCH_FAILED for episode in episodes) / n,
+        "failed": sum(episode.stop.failed for episode in episodes) / n,
     }
     supported = [episode for episode in episodes if episode.question.supporting]
     if supported:
@@ -138,9 +139,10 @@ def evaluate(
     *,
     seed: int = 0,
     num_envs: int = 256,
+    out: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """One episode for every question of the suite. `seed` moves all random draws; `progress` counts episodes."""
+    """One episode for every question of the suite. `seed` moves all random draws; `out` and `progress` as `rollout`."""
     env = suite.env(num_envs)
     starts = [Start(question, number, (seed << 32) + number) for number, question in enumerate(env.questions)]
-    return Evaluation(suite.name, rollout(env, policy, starts, progress=progress))
+    return Evaluation(suite.name, rollout(env, policy, starts, out=out, progress=progress))

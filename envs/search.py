@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
+from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from agentgym_ig.envs.episode import Episode, Reply, Rules, weighted
+from agentgym_ig.envs.episode import CountTokens, Episode, Reply, Rules, weighted, words
 from agentgym_ig.envs.spaces import Prose
-from agentgym_ig.errors import SearchFailed
+from agentgym_ig.envs.terminal import draw
+from agentgym_ig.envs.turns import atake_turns, check_actions, take_turns
 from agentgym_ig.indexes.base import Index
-from agentgym_ig.types import Hit, Question, Stop
+from agentgym_ig.types import Action, Question, Stop
+
+VectorStep = tuple[tuple[str, ...], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
+"""Observations, rewards, terminated, truncated, infos: N of each."""
 
 
 def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
@@ -32,80 +36,81 @@ def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
     return by_id
 
 
-def _known(questions: Mapping[str, Question], asked: str) -> Question:
-    if asked not in questions:
-        some = ", ".join(sorted(questions)[:3])
-        raise ValueError(f"no question {asked!r} among {len(questions)}; ids look like: {some}")
-    return questions[asked]
+class _Questions:
+    """What may be asked, and how a place's next question is drawn."""
 
+    def __init__(self, questions: Sequence[Question], rules: Rules, count_tokens: CountTokens) -> None:
+        self.by_id = questions_by_id(questions)
+        self.ids = list(self.by_id)
+        self.rules, self.count_tokens = rules, count_tokens
 
-def search_and_reply(index: Index, rules: Rules, episodes: Sequence[Episode], actions: Sequence[str]) -> list[Reply]:
-    """One turn of several episodes with a single search for all of their queries.
-
-    Raises TypeError for an action that is no string, before any episode has changed, and ValueError for an index
-    that does not answer every query.
-    """
-    for action in actions:
-        if not isinstance(action, str):
-            raise TypeError(f"the action is a {type(action).__name__}, wanted a string such as '<search>…</search>'")
-    asked = [episode.ask(action) for episode, action in zip(episodes, actions, strict=True)]
-    queries = [query for own in asked for query in own]
-    found: list[list[Hit]] = []
-    failed = False
-    if queries:
-        try:
-            found = index.search(queries, rules.top_k)
-        except SearchFailed:
-            failed = True
-    if not failed and len(found) != len(queries):
-        raise ValueError(f"the index gave {len(found)} results for {len(queries)} queries; wanted one each")
-    results = iter(found)
-    return [
-        episode.reply(None if failed and own else list(islice(results, len(own))))
-        for episode, own in zip(episodes, asked, strict=True)
-    ]
+    def begin(self, rng: np.random.Generator, seed: int | None, asked: str | None) -> Episode:
+        """An episode about the question of that id, or one drawn; its seed is drawn too where none is given."""
+        drawn, own = self.ids[rng.integers(len(self.ids))], int(rng.integers(2**62))
+        name = drawn if asked is None else asked
+        if name not in self.by_id:
+            some = ", ".join(self.ids[:3])
+            raise ValueError(f"no question {name!r} among {len(self.ids)}; ids look like: {some}")
+        return Episode(self.by_id[name], self.rules, own if seed is None else seed, self.count_tokens)
 
 
 class SearchEnv(gymnasium.Env[str, str]):
-    """One question an episode: search as often as the budget allows, then answer.
+    """One question an episode: search as often as the budgets allow, then answer.
 
     `reset` gives the prompt and `step` the reply to an action, both as text. The seed, or
     `options={"question": id}`, picks the question. `info` holds `rewards` (this turn's channels, whose weighted
-    sum is the reward), `retrieved` (passage ids), `stop` (why the episode ended, or None) and `question` (its id).
+    sum is the reward), `queries` and `retrieved` (what was searched, and the ids of the passages shown), `stop`
+    (why the episode ended, or None) and `question` (its id).
+
+    An action may also be an `Action`, whose token ids then stand in the episode's conversation.
 
     Args:
         index: what is searched; built once and shared by any number of environments.
         questions: what may be asked.
         rules: prompt, budgets, metric and weights.
-        render_mode: `ansi` lets `render` return the episode so far as text.
+        render_mode: `ansi` lets `render` return the episode so far as text with terminal colours.
+        count_tokens: how `Rules.max_observation` is counted; words by default.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012  # as Gymnasium declares it
 
     def __init__(
-        self, index: Index, questions: Sequence[Question], rules: Rules | None = None, render_mode: str | None = None
+        self,
+        index: Index,
+        questions: Sequence[Question],
+        rules: Rules | None = None,
+        render_mode: str | None = None,
+        count_tokens: CountTokens = words,
     ) -> None:
-        self.index, self.rules, self.render_mode = index, rules or Rules(), render_mode
-        self.questions = questions_by_id(questions)
-        self._ids = list(self.questions)
+        self.index, self.render_mode = index, render_mode
+        self._questions = _Questions(questions, rules or Rules(), count_tokens)
         self.observation_space, self.action_space = Prose(), Prose()
         self.episode: Episode | None = None
+
+    @property
+    def questions(self) -> Mapping[str, Question]:
+        """All questions by id."""
+        return self._questions.by_id
+
+    @property
+    def rules(self) -> Rules:
+        """What holds for every episode."""
+        return self._questions.rules
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode. Raises ValueError for a question id that does not exist."""
         super().reset(seed=seed)
-        drawn = self._ids[self.np_random.integers(len(self._ids))]
-        question = _known(self.questions, (options or {}).get("question", drawn))
-        self.episode = Episode(question, self.rules)
-        return self.episode.prompt, {"question": question.id}
+        self.episode = self._questions.begin(self.np_random, seed, (options or {}).get("question"))
+        return self.episode.prompt, {"question": self.episode.question.id}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str | Action) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take one turn. Raises ResetNeeded before the first reset and after the end."""
         if self.episode is None or self.episode.stop is not None:
             raise ResetNeeded("this episode has not begun or is over; call reset() first")
-        (reply,) = search_and_reply(self.index, self.rules, [self.episode], [action])
+        (reply,) = take_turns(self.index, self.rules.top_k, [self.episode], [action])
         info = {
-            "rewards": dict(reply.rewards),
+            "rewards": reply.rewards,
+            "queries": reply.queries,
             "retrieved": reply.retrieved,
             "stop": reply.stop,
             "question": self.episode.question.id,
@@ -115,94 +120,157 @@ class SearchEnv(gymnasium.Env[str, str]):
         return reply.observation, weighted(reply.rewards, self.rules.weights), terminated, truncated, info
 
     def render(self) -> str | None:
-        """The episode so far, as text; None without `render_mode="ansi"`."""
-        if self.render_mode != "ansi":
-            return None
-        messages = self.episode.conversation.messages if self.episode else ()
-        return "\n".join(f"[{message.role}] {message.text.strip()}" for message in messages)
+        """The episode so far, for a terminal; None without `render_mode="ansi"`."""
+        return draw(self.episode) if self.render_mode == "ansi" else None
 
 
 class SearchVectorEnv(gymnasium.vector.VectorEnv[tuple[str, ...], tuple[str, ...], NDArray[Any]]):
     """N episodes side by side with one `search` call a step for all queries of that step.
 
     No autoreset: a finished episode stays still, its action is ignored, its reward is 0 and its entry in every
-    info is masked out. Infos follow Gymnasium's vector form: `infos["rewards"]["outcome"]` is an (N,) array and
-    `infos["rewards"]["_outcome"]` says which entries hold a value.
+    info is masked out. An action of None leaves a place as it is, so steps may be taken for some places only, and
+    for different places from several threads or tasks at once. Infos follow Gymnasium's vector form:
+    `infos["rewards"]["outcome"]` is an (N,) array and `infos["rewards"]["_outcome"]` says which entries hold a value.
 
-    `reset(seed)` draws the questions; `options={"questions": ids}` names them, at most N: the places that are
-    left over are finished from the start.
+    `reset(seed)` draws the questions: place i gets what `SearchEnv` draws from `seed + i`.
+    `options={"questions": ids}` names them, at most one a place: the places that are left over are finished from
+    the start. `options={"reset_mask": (N,) bool}` resets those places alone, as in Gymnasium's own vector
+    environments; ids and seeds are then for them, in order.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}  # noqa: RUF012
 
-    def __init__(self, index: Index, questions: Sequence[Question], num_envs: int, rules: Rules | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        questions: Sequence[Question],
+        num_envs: int,
+        rules: Rules | None = None,
+        count_tokens: CountTokens = words,
+    ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs} must be 1 or more")
-        self.index, self.rules, self.num_envs = index, rules or Rules(), num_envs
-        self.questions = questions_by_id(questions)
-        self._ids = list(self.questions)
+        self.index, self.num_envs = index, num_envs
+        self._questions = _Questions(questions, rules or Rules(), count_tokens)
         self.single_observation_space, self.single_action_space = Prose(), Prose()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.episodes: list[Episode] = []
+        self.episodes: list[Episode | None] = [None] * num_envs
+        self._generators = [np.random.default_rng() for _ in range(num_envs)]
+
+    @property
+    def questions(self) -> Mapping[str, Question]:
+        """All questions by id."""
+        return self._questions.by_id
+
+    @property
+    def rules(self) -> Rules:
+        """What holds for every episode."""
+        return self._questions.rules
 
     @property
     def active(self) -> NDArray[np.bool_]:
         """(N,) whether each episode is still going on."""
-        going = [episode.stop is None for episode in self.episodes]
-        return np.array(going + [False] * (self.num_envs - len(going)), bool)
+        return np.array([episode is not None and episode.stop is None for episode in self.episodes], bool)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Start N episodes. Raises ValueError for unknown question ids, or more of them than places."""
-        asked = (options or {}).get("questions")
-        if asked is None:
-            asked = self._draw(seed)
-        elif len(asked) > self.num_envs:
-            raise ValueError(f"{len(asked)} questions for {self.num_envs} places; reset with fewer at a time")
-        self.episodes = [Episode(_known(self.questions, question), self.rules) for question in asked]
-        prompts = [episode.prompt for episode in self.episodes]
-        infos: dict[str, Any] = {}
-        for place, question in enumerate(asked):
-            infos = self._add_info(infos, {"question": question}, place)
-        return tuple(prompts + [""] * (self.num_envs - len(prompts))), infos
+        """Start N episodes, or those of `reset_mask`; the observations of the others are empty.
 
-    def _draw(self, seed: int | list[int | None] | None) -> list[str]:
+        Raises ValueError for unknown question ids, and for more of them, or other numbers of seeds, than places.
+        """
+        options = options or {}
+        places = np.flatnonzero(self._mask(options.get("reset_mask"))).tolist()
+        asked: Sequence[str | None] | None = options.get("questions")
+        if asked is not None and len(asked) > len(places):
+            raise ValueError(f"{len(asked)} questions for {len(places)} places; reset with fewer at a time")
+        seeds = self._seeds(seed, places if asked is None else places[: len(asked)])
+        begun: dict[int, Episode] = {}
+        for place, own, name in zip(places, seeds, asked or [None] * len(seeds), strict=False):
+            if own is not None:
+                self._generators[place] = np_random(own)[0]
+            begun[place] = self._questions.begin(self._generators[place], own, name)
+        for place in places:
+            self.episodes[place] = begun.get(place)
+        prompts = tuple(begun[place].prompt if place in begun else "" for place in range(self.num_envs))
+        ids = self._column({place: episode.question.id for place, episode in begun.items()})
+        return prompts, {"question": ids, "_question": self._which(list(begun))}
+
+    def _mask(self, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+        if mask is None:
+            return np.ones(self.num_envs, bool)
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
+            raise ValueError(f"reset_mask is {mask.dtype} {mask.shape}, wanted bool ({self.num_envs},)")
+        return mask
+
+    def _seeds(self, seed: int | list[int | None] | None, places: Sequence[int]) -> list[int | None]:
         if isinstance(seed, list):
-            generators = [np.random.default_rng(own) for own in seed]
-        else:
-            super().reset(seed=seed)
-            generators = [self.np_random] * self.num_envs
-        return [self._ids[generator.integers(len(self._ids))] for generator in generators]
+            if len(seed) < len(places):
+                raise ValueError(f"{len(seed)} seeds for {len(places)} episodes; give one each")
+            return seed[: len(places)]
+        return [None if seed is None else seed + place for place in places]
 
-    def step(
-        self, actions: Sequence[str]
-    ) -> tuple[tuple[str, ...], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Take one turn in every episode that is still going on.
+    def step(self, actions: Sequence[str | Action | None]) -> VectorStep:
+        """Take one turn in every episode that is still going on and has an action.
 
         Raises ResetNeeded before the first reset and once all episodes are over, ValueError for another number
-        of actions than N.
+        of actions than N, and TypeError for one that is no string, before any episode has changed.
         """
-        places = np.flatnonzero(self.active).tolist()
-        if not places:
-            raise ResetNeeded("no episode has begun or all are over; call reset() first")
+        places, episodes = self._stepped(actions)
+        said = [actions[place] or "" for place in places]
+        return self._results(places, take_turns(self.index, self.rules.top_k, episodes, said))
+
+    async def astep(self, actions: Sequence[str | Action | None]) -> VectorStep:
+        """`step` that does not block the event loop while the index searches."""
+        places, episodes = self._stepped(actions)
+        said = [actions[place] or "" for place in places]
+        return self._results(places, await atake_turns(self.index, self.rules.top_k, episodes, said))
+
+    def _stepped(self, actions: Sequence[str | Action | None]) -> tuple[list[int], list[Episode]]:
         if len(actions) != self.num_envs:
             raise ValueError(
                 f"{len(actions)} actions for {self.num_envs} environments; give one each, '' where finished"
             )
-        replies = search_and_reply(
-            self.index, self.rules, [self.episodes[i] for i in places], [actions[i] for i in places]
-        )
-        observations = [""] * self.num_envs
+        going = [(place, episode) for place, episode in enumerate(self.episodes) if episode and episode.stop is None]
+        if not going:
+            raise ResetNeeded("no episode has begun or all are over; call reset() first")
+        going = [(place, episode) for place, episode in going if actions[place] is not None]
+        check_actions([actions[place] for place, _ in going])
+        return [place for place, _ in going], [episode for _, episode in going]
+
+    def _results(self, places: Sequence[int], replies: Sequence[Reply]) -> VectorStep:
+        by_place = dict(zip(places, replies, strict=True))
+        observations = tuple(by_place[i].observation if i in by_place else "" for i in range(self.num_envs))
         rewards = np.zeros(self.num_envs)
         terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
-        infos: dict[str, Any] = {}
-        for place, reply in zip(places, replies, strict=True):
-            observations[place] = reply.observation
+        for place, reply in by_place.items():
             rewards[place] = weighted(reply.rewards, self.rules.weights)
             terminated[place] = reply.stop is Stop.ANSWERED
             truncated[place] = reply.stop is not None and not terminated[place]
-            info = {"rewards": dict(reply.rewards), "retrieved": reply.retrieved, "stop": reply.stop}
-            infos = self._add_info(infos, info, place)
-        return tuple(observations), rewards, terminated, truncated, infos
+        stepped = self._which(places)
+        infos: dict[str, Any] = {"rewards": self._channels(by_place), "_rewards": stepped}
+        for name in ("queries", "retrieved", "stop"):
+            infos[name] = self._column({place: getattr(reply, name) for place, reply in by_place.items()})
+            infos[f"_{name}"] = stepped
+        return observations, rewards, terminated, truncated, infos
+
+    def _channels(self, replies: Mapping[int, Reply]) -> dict[str, NDArray[Any]]:
+        channels: dict[str, NDArray[Any]] = {}
+        for name in self.rules.weights:
+            channels[name], channels[f"_{name}"] = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
+        for place, reply in replies.items():
+            for name, value in reply.rewards.items():
+                channels[name][place], channels[f"_{name}"][place] = value, True
+        return channels
+
+    def _column(self, values: Mapping[int, object]) -> NDArray[np.object_]:
+        column = np.full(self.num_envs, None, object)
+        for place, value in values.items():
+            column[place] = value
+        return column
+
+    def _which(self, places: Sequence[int]) -> NDArray[np.bool_]:
+        which = np.zeros(self.num_envs, bool)
+        which[list(places)] = True
+        return which

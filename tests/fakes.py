@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agentgym_ig.errors import SearchFailed
-from agentgym_ig.types import Hit, Passage, Question
+from agentgym_ig.types import Conversation, Hit, Passage, Question
 
 PASSAGES = [
     Passage("p1", "Marie Curie", "Marie Curie, born in Warsaw, discovered radium and polonium."),
@@ -44,3 +44,12 @@ class BrokenIndex:
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         raise SearchFailed("the server is gone")
+
+
+def shown_words(conversations: Sequence[Conversation], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+    """A scorer that believes in what has been shown: one nat for every word of the answer that stood somewhere."""
+    shown = [" ".join(m.text for m in own.messages if m.role != "assistant").lower() for own in conversations]
+    return [
+        [-3.0 + sum(w in text for w in a.lower().split()) for a in own]
+        for text, own in zip(shown, answers, strict=True)
+    ]

@@ -36,6 +36,14 @@ def test_eval_of_a_scripted_policy(command: Command, indexed: Path) -> None:
     assert figures["in_domain"] == figures["out_of_domain"] == {"em": 1.0, "f1": 1.0}
     assert figures["datasets"]["hotpotqa"]["recall"] == 1.0
     assert len(read_episodes(indexed / "episodes.jsonl")) == 4
+    code, printed = eval_toy(command, indexed, "--policy", "oracle", "--episodes", indexed / "episodes.jsonl")
+    assert code == 1
+    assert "go on with it by --resume" in printed
+    whole = (indexed / "episodes.jsonl").read_bytes()
+    (indexed / "episodes.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    resume = ("--policy", "oracle", "--episodes", indexed / "episodes.jsonl", "--resume")
+    assert eval_toy(command, indexed, *resume)[0] == 0
+    assert sorted((indexed / "episodes.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
 def test_rollout_training_and_evaluation_of_a_model_from_disk(command: Command, indexed: Path) -> None:

@@ -5,11 +5,12 @@ import pytest
 
 from agentgym_ig.envs import Suite
 from benchmarks import real_data
+from benchmarks.corpora import DATA
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (real_data.DATA / "corpus.jsonl.gz").is_file(), reason="needs real data: set AGENTGYM_IG_DATA to its folder"
+        not (DATA / "corpus.jsonl.gz").is_file(), reason="needs real data: set AGENTGYM_IG_DATA to its folder"
     ),
 ]
 
@@ -40,7 +41,7 @@ def test_policies_play_all_questions(suite: Suite) -> None:
         rows = {policy: own["datasets"][name] for policy, own in played.items()}
         assert rows["oracle"]["em"] == rows["oracle"]["answered"] == 1.0
         assert rows["search-once"]["em"] < 0.05
-        assert rows["oracle"]["malformed"] == rows["oracle"]["search_failed"] == 0
+        assert rows["oracle"]["malformed"] == rows["oracle"]["failed"] == 0
         if "recall" in rows["oracle"]:
             assert rows["oracle"]["recall"] > rows["search-once"]["recall"]
 
@@ -57,6 +58,6 @@ def test_hostile_or_odd_passages_of_the_real_corpus_stay_inside_the_reply(suite:
     prompt = suite.rules.texts
     hits = suite.index.search(["html tag answer search", "xml < > markup", "information think"], 50)
     for own in hits:
-        reply = prompt.render_passages([hit.passage for hit in own])
+        reply = prompt.render_shown(prompt.shown([hit.passage for hit in own]))
         assert reply.count("<information>") == reply.count("</information>") == 1
         assert "<answer>" not in reply

@@ -1,7 +1,12 @@
 """Beliefs: the packed pass against a forward pass for every single one, and what must not change them."""
 
+import copy
 import math
+import random
+import shutil
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +15,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from agentgym_ig import combine_aliases
-from agentgym_ig.envs import InfoGain, SearchEnv
-from agentgym_ig.lm.encode import ConversationEncoder
+from agentgym_ig.envs import InfoGain, SearchEnv, add_channel
+from agentgym_ig.lm.encode import Branch, ConversationEncoder
 from agentgym_ig.lm.tiny import tiny_tokenizer
-from agentgym_ig.text import PROMPTS
-from agentgym_ig.trainers import Scorer, pad, token_logprobs
+from agentgym_ig.prompts import PROMPTS
+from agentgym_ig.trainers import OnlineScorer, Scorer, Stem, TokenBatch, pack, pad, token_logprobs
+from agentgym_ig.trainers.scoring import _tree_masks
 from agentgym_ig.types import Conversation, Message
 from tests.tiny import FAMILIES, play, shipped_policy, tiny_env, untrained
 
@@ -43,10 +49,19 @@ EPISODES = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_packed_equals_one_forward_pass_each(family: str, prompt: str) -> None:
-    scorer = Scorer(untrained(family), ENCODER, PROMPTS[prompt])
+MODELS = {
+    **{family: (family,) for family in FAMILIES},
+    "qwen2 with a window": ("qwen2", 16),
+    "qwen2 with a window, eager": ("qwen2", 16, "eager"),
+    "mistral with a window": ("mistral", 16),
+    "gemma2 with a window": ("gemma2", 16),
+    "gemma3 with a window": ("gemma3_text", 16),
+    "gemma3 with a window, eager": ("gemma3_text", 16, "eager"),
+    "llama, eager": ("llama", None, "eager"),
+}
+
+
+def check_against_reference(scorer: Scorer) -> None:
     encoded = [ENCODER.encode(own) for own in EPISODES]
     for own, scored in zip(EPISODES, scorer.score(encoded, [ANSWERS] * 3), strict=True):
         reference = torch.tensor(scorer.reference_beliefs(own, ANSWERS))
@@ -55,13 +70,139 @@ def test_packed_equals_one_forward_pass_each(family: str, prompt: str) -> None:
         assert_close(torch.tensor(scored.beliefs), reference, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_pass_gives_the_tokens_own_log_probabilities(family: str) -> None:
-    scorer = Scorer(untrained(family), ENCODER, PROMPTS["tinywiki"], temperature=0.7)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_packed_equals_one_forward_pass_each(model: str, prompt: str) -> None:
+    check_against_reference(Scorer(untrained(*MODELS[model]), ENCODER, PROMPTS[prompt], temperature=0.7))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "qwen2"])
+def test_a_window_matters(family: str) -> None:
+    """Or the tests above would show nothing: the same weights without the window believe something else."""
+    near, far = (
+        Scorer(untrained(family, window), ENCODER, PROMPTS["search-r1"]).beliefs(EPISODES, [ANSWERS] * 3)
+        for window in (16, 1000)
+    )
+    assert not torch.allclose(torch.tensor(near), torch.tensor(far), atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention is compiled, and there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
+def test_packed_with_flex_attention() -> None:
+    by_sdpa, by_flex = (
+        Scorer(untrained("gemma3_text", 16, kernel), ENCODER, PROMPTS["tinywiki"])
+        for kernel in ("sdpa", "flex_attention")
+    )
     encoded = [ENCODER.encode(own) for own in EPISODES]
-    plain = token_logprobs(untrained(family), pad(encoded), temperature=0.7)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # torch 2.13 compiles no changing shapes here
+        flexed = by_flex.score(encoded, [ANSWERS] * 3)
+    for one, other in zip(flexed, by_sdpa.score(encoded, [ANSWERS] * 3), strict=True):
+        assert_close(torch.tensor(one.beliefs), torch.tensor(other.beliefs), atol=1e-4, rtol=0)
+        assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+def test_what_cannot_follow_a_tree_is_refused() -> None:
+    model = untrained("llama", None, "eager")
+    scorer = Scorer(model, ENCODER, PROMPTS["tinywiki"])
+    for setting, value in (("layer_types", ["chunked_attention"] * 2), ("_attn_implementation", "flash_attention_2")):
+        batch = pack([[Stem([1], 0)]], [scorer._branches(["x"])])
+        changed = SimpleNamespace(layer_types=None, _attn_implementation="sdpa")
+        setattr(changed, setting, value)
+        fake = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda changed=changed: changed))
+        with pytest.raises(ValueError, match=r"plain attention|attn_implementation='sdpa'"):
+            _tree_masks(fake, batch, 0)
+    with pytest.raises(ValueError, match="above 0"):
+        Scorer(model, ENCODER, PROMPTS["tinywiki"], temperature=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_pass_gives_the_tokens_own_log_probabilities(model: str) -> None:
+    policy = untrained(*MODELS[model])
+    scorer = Scorer(policy, ENCODER, PROMPTS["tinywiki"], temperature=0.7)
+    encoded = [ENCODER.encode(own) for own in EPISODES]
+    batch = pad(encoded)
+    plain = masked_logprobs(policy, batch, 0.7)
+    assert_close(token_logprobs(policy, batch, 0.7), plain * batch.real, atol=1e-4, rtol=0)
     for row, (own, scored) in enumerate(zip(encoded, scorer.score(encoded, [ANSWERS, [], ["x"]]), strict=True)):
-        assert_close(scored.logprobs, plain[row, : len(own.ids)].detach(), atol=1e-4, rtol=0)
+        expected = (plain * batch.sampled)[row, : len(own.ids)].detach()
+        assert_close(scored.logprobs, expected, atol=1e-4, rtol=0)
+
+
+def masked_logprobs(model: Any, batch: TokenBatch, temperature: float) -> torch.Tensor:
+    """The plain way: an attention mask, and logits for everything."""
+    logits = model(input_ids=batch.ids, attention_mask=batch.real.long()).logits.float() / temperature
+    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+    return torch.nn.functional.pad(logprobs, (1, 0))
+
+
+def test_gradients_are_those_of_the_plain_way() -> None:
+    model = untrained("gemma2", 16)
+    batch = pad([ENCODER.encode(own) for own in EPISODES])
+    gradients = []
+    for logprobs in (
+        masked_logprobs(model, batch, 0.7) * batch.sampled,
+        token_logprobs(model, batch, 0.7, wanted=batch.sampled),
+    ):
+        (logprobs * torch.linspace(-1, 1, logprobs.shape[1])).sum().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+        model.zero_grad()
+    assert gradients[0].abs().max() > 0.1
+    assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_are_made_where_they_are_read_alone() -> None:
+    model, made = untrained("gemma2"), []
+    hook = model.get_output_embeddings().register_forward_hook(lambda *call: made.append(call[2].shape[:2]))
+    encoded = [ENCODER.encode(own) for own in EPISODES]
+    Scorer(model, ENCODER, PROMPTS["tinywiki"]).score(encoded, [["a"]] * 3)
+    hook.remove()
+    sampled = sum(turn >= 0 for own in encoded for turn in own.turn)
+    spelt = ENCODER.branch("a", PROMPTS["tinywiki"]).scored * sum(len(own.decisions) for own in encoded)
+    assert made == [(1, sampled), (1, spelt)]
+
+
+def test_answers_share_the_tokens_that_they_begin_with() -> None:
+    # the tree of a b d, a b, a c and a is the root, a, ab: what ends an answer needs no column
+    branches = [Branch((1, 2, 4), 2), Branch((1, 2), 1), Branch((1, 3), 2), Branch((1,), 1)]
+    packed = pack([[Stem([8, 9], 4), Stem([7], 9)], []], [branches, branches])
+    assert packed.ids.tolist() == [[8, 9, 1, 2, 7, 1, 2], [0] * 7]
+    assert packed.positions[0].tolist() == [4, 5, 6, 7, 9, 10, 11]
+    assert packed.cached[0].tolist() == [4, 4, 4, 4, 9, 9, 9]
+    assert packed.scored.tolist() == [2, 1, 2, 1] * 2
+    assert packed.column.tolist() == [2, 3, 2, 1, 2, 1, 5, 6, 5, 4, 5, 4]
+    assert packed.token.tolist() == [2, 4, 2, 1, 3, 1] * 2
+    branches = [Branch((1, 2, 4), 1), Branch((1, 3, 5), 1)]
+    forked = pack([[Stem([9], 2)]], [branches])
+    assert forked.ids.tolist() == [[9, 1, 2, 3]]
+    seen = [[1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0, 1]]
+    assert forked.allowed(3)[0].int().tolist() == seen
+    assert forked.allowed(3, window=2)[0, 3].int().tolist() == [0, 0, 0, 0, 1, 0, 1]
+
+
+def test_what_is_not_finite_is_passed_on() -> None:
+    model = copy.deepcopy(untrained("qwen2"))
+    model.get_output_embeddings().weight.data[5] = math.nan
+    scorer = Scorer(model, ENCODER, PROMPTS["tinywiki"])
+    (scored,) = scorer.score([ENCODER.encode(EPISODES[1])], [["a"]])
+    assert all(math.isnan(own) for (own,) in scored.beliefs)
+    assert scored.logprobs.isnan().sum() == sum(turn >= 0 for turn in ENCODER.encode(EPISODES[1]).turn)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_episodes(seed: int) -> None:
+    rng = random.Random(seed)
+    scorer = Scorer(untrained("gemma3_text", 16), ENCODER, PROMPTS["tinywiki"], batch_size=rng.randint(1, 4))
+
+    def words() -> str:
+        return " ".join(rng.choices(["Amber", "Ashford", "the film", "of", "<search>", "x"], k=rng.randint(0, 20)))
+
+    episodes = [conversation("Who?", *(words() for _ in range(rng.randint(0, 9)))) for _ in range(6)]
+    answers = [rng.sample(ANSWERS, rng.randint(0, len(ANSWERS))) for _ in episodes]
+    scored = scorer.score([ENCODER.encode(own) for own in episodes], answers)
+    for own, wanted, found in zip(episodes, answers, scored, strict=True):
+        reference = torch.tensor(scorer.reference_beliefs(own, wanted))
+        assert_close(torch.tensor(found.beliefs), reference, atol=1e-4, rtol=0)
 
 
 def test_no_answers_give_no_beliefs() -> None:
@@ -139,18 +280,20 @@ def test_logsumexp_lies_between_the_best_and_all_of_them_as_good(beliefs: list[f
     assert max(beliefs) - 1e-9 <= value <= max(beliefs) + math.log(len(beliefs)) + 1e-9
 
 
-def test_the_wrapper_reads_the_same_gains_turn_by_turn() -> None:
+@pytest.mark.parametrize("kind", [Scorer, OnlineScorer])
+def test_the_wrapper_reads_the_same_gains_turn_by_turn(kind: type[Scorer]) -> None:
     policy = shipped_policy()
-    scorer = Scorer(policy.model, policy.encoder, PROMPTS["tinywiki"])
+    scorer = kind(policy.model, policy.encoder, PROMPTS["tinywiki"])
     vector = tiny_env()
-    env = InfoGain(SearchEnv(vector.index, list(vector.questions.values()), vector.rules), scorer.beliefs)
+    plain = SearchEnv(vector.index, list(vector.questions.values()), vector.rules)
+    env = add_channel(plain, InfoGain(scorer.beliefs))
     _, info = env.reset(seed=4)
-    question = env.search.questions[info["question"]]
+    question = plain.questions[info["question"]]
     words = question.text.rstrip("?").split()
     script = [f"<search>{' '.join(words[-3:])}</search>", "oops", f"<search>star {' '.join(words[-2:])}</search>"]
     gains = [env.step(action)[4]["rewards"]["info_gain"] for action in script]
-    assert env.search.episode is not None
-    reference = scorer.reference_beliefs(env.search.episode.conversation, question.answers[:1])
+    assert plain.episode is not None
+    reference = scorer.reference_beliefs(plain.episode.conversation, question.answers[:1])
     steps = [after[0] - before[0] for before, after in pairwise(reference)]
     assert gains == pytest.approx(steps, abs=1e-4)
     assert max(map(abs, gains)) > 0.1

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from agentgym_ig.envs import SearchVectorEnv, Start, rollout, tinywiki_index, tinywiki_questions
 from agentgym_ig.envs.tinywiki import TINYWIKI_RULES
@@ -16,12 +16,15 @@ from agentgym_ig.tinywiki import World
 from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model, tiny_policy
 from agentgym_ig.types import Trajectory
 
-FAMILIES = ("qwen3", "qwen2", "llama", "gemma2")
+FAMILIES = ("qwen3", "qwen2", "llama", "gemma2", "gemma3_text")
 
 
 @cache
-def untrained(family: str) -> Any:
-    """A random model of a family in float32, spread out enough that its choices differ."""
+def untrained(family: str, window: int | None = None, kernel: str | None = None) -> Any:
+    """A random model of a family in float32, spread out enough that its choices differ.
+
+    window: of its sliding layers, where the family has any. kernel: its attention implementation.
+    """
     size: dict[str, Any] = {
         "vocab_size": len(tiny_tokenizer()),
         "hidden_size": 32,
@@ -39,10 +42,12 @@ def untrained(family: str) -> Any:
             return tiny_model(0).eval()
         if family == "qwen2":
             size.pop("head_dim")
-            return Qwen2ForCausalLM(Qwen2Config(**size)).eval()
-        if family == "llama":
-            return LlamaForCausalLM(LlamaConfig(**size)).eval()
-        return Gemma2ForCausalLM(Gemma2Config(**size)).eval()
+        if family in ("qwen2", "gemma3_text"):
+            size["layer_types"] = ["full_attention", "sliding_attention" if window else "full_attention"]
+        if window:
+            size |= {"sliding_window": window, "use_sliding_window": True}
+        config = AutoConfig.for_model(family, **size)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
 
 
 @cache

@@ -51,8 +51,8 @@ def pad(conversations: Sequence[Encoded], device: torch.device | str = "cpu") ->
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What an update learns from: B encoded episodes, each one's (T,) log-probabilities as they were sampled,
-    and (B, K) an advantage per turn.
+    """What an update learns from: B encoded episodes, each one's (T,) log-probabilities as they were sampled (read
+    at sampled tokens alone), and (B, K) an advantage per turn.
     """
 
     encoded: Sequence[Encoded]
@@ -67,60 +67,102 @@ class Experience:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Conversations with forced answers as branches behind them, for one forward pass.
+class Stem:
+    """Tokens of a conversation, at least one, that a forward pass is given again or for the first time.
 
-    Columns are the trunk's tokens, then those of every branch; S is their padded number.
-    ids, positions (B, S) long; allowed (B, S, S) bool, whether a row's token may look at a column's;
-    source (B, S) long, the column whose output predicts this column's token.
-    branch (B, S) long, the number of the branch whose scored token stands there, or -1.
+    ids: the tokens. start: the position of the first; those before it are in the key-value cache.
+    """
+
+    ids: Sequence[int]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Stems with forced answers behind each, for one forward pass that continues cached conversations.
+
+    A row's S columns are its stems one after the other, each followed by the prefix tree of its answers in
+    pre-order: so a column sees itself and those columns before it whose subtree has not yet ended.
+
+    ids, positions (B, S) long. cached (B, S) long, how many of the row's cached tokens a column sees.
+    end (B, S) long, the column at which a column's subtree has ended.
+    row, column, token (N,) long: where the log-probability of which scored token is read.
+    scored: (A,) long, for every answer behind every stem of every row, how many of the N are its own.
     """
 
     ids: Tensor
     positions: Tensor
-    allowed: Tensor
-    source: Tensor
-    branch: Tensor
+    cached: Tensor
+    end: Tensor
+    row: Tensor
+    column: Tensor
+    token: Tensor
+    scored: Tensor
+
+    def allowed(self, width: int, window: int | None = None) -> Tensor:
+        """(B, S, width + S) bool: the cached tokens and the columns that each column sees.
+
+        width: columns of the cache. window: how many positions a token looks back, itself included; None for all.
+        """
+        past = torch.arange(width, device=self.ids.device).expand(len(self.ids), -1)
+        column = torch.arange(self.ids.shape[1], device=self.ids.device)
+        sees_past = past[:, None, :] < self.cached[:, :, None]
+        sees_column = (column <= column[:, None]) & (column[:, None] < self.end[:, None, :])
+        allowed = torch.cat([sees_past, sees_column], -1)
+        if window is not None:
+            seen = torch.cat([past, self.positions], 1)
+            allowed &= self.positions[:, :, None] - seen[:, None, :] < window
+        return allowed
 
 
 def pack(
-    conversations: Sequence[Encoded], branches: Sequence[Sequence[Branch]], device: torch.device | str = "cpu"
+    stems: Sequence[Sequence[Stem]], branches: Sequence[Sequence[Branch]], device: torch.device | str = "cpu"
 ) -> PackedBatch:
-    """Put every branch of a row behind every one of its decisions.
+    """Put the forced answers `branches[b]` behind the last token of every stem of row b.
 
-    `branches[b]` are the forced answers of conversation b. Branches of a row are numbered decision by decision:
-    number = decision * len(branches[b]) + place in `branches[b]`. A branch sees the trunk up to its decision
-    and itself; its positions go on from there.
+    Answers share the tokens that they begin with. The last token of an answer is predicted but never looked at,
+    so it has no column of its own.
     """
-    rows = [_pack_row(encoded, own) for encoded, own in zip(conversations, branches, strict=True)]
-    ids, positions, source, limit, owner, scored = (
-        pad_rows([row[i] for row in rows], fill, torch.long) for i, fill in enumerate((0, 0, 0, 0, -2, -1))
-    )
-    width = ids.shape[1]
-    column = torch.arange(width)
-    sees_trunk = (owner[:, None, :] == -1) & (column < limit[:, :, None])
-    sees_itself = (owner[:, :, None] == owner[:, None, :]) & (column <= column[:, None])
-    sees_itself &= owner[:, :, None] != -1
-    # Padding looks at itself, or its softmax would be over nothing.
-    allowed = sees_trunk | sees_itself | torch.eye(width, dtype=torch.bool)
-    packed = (ids, positions, allowed, source, scored)
-    return PackedBatch(*(tensor.to(device) for tensor in packed))
+    rows = [_pack_row(own, answers) for own, answers in zip(stems, branches, strict=True)]
+    ids, positions, cached, end = (pad_rows([columns[i] for columns, _ in rows], 0, torch.long) for i in range(4))
+    # Padding sees itself, or its softmax would be over nothing.
+    end = end.maximum(torch.arange(end.shape[1]) + 1)
+    places = [(b, *place) for b, (_, read) in enumerate(rows) for own in read for place in own]
+    row, column, token = torch.tensor(places, dtype=torch.long).reshape(-1, 3).unbind(1)
+    scored = torch.tensor([len(own) for _, read in rows for own in read], dtype=torch.long)
+    tensors = (ids, positions, cached, end, row, column, token, scored)
+    return PackedBatch(*(tensor.to(device) for tensor in tensors))
 
 
-def _pack_row(encoded: Encoded, branches: Sequence[Branch]) -> tuple[list[int], ...]:
-    length = len(encoded.ids)
-    ids, positions = list(encoded.ids), list(range(length))
-    source = [max(i - 1, 0) for i in range(length)]
-    limit, owner, scored = list(range(1, length + 1)), [-1] * length, [-1] * length
-    number = 0
-    for decision in encoded.decisions:
+def _pack_row(stems: Sequence[Stem], branches: Sequence[Branch]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Ids, positions, cached and end of a row's columns; and per answer its (column, token) pairs."""
+    nodes = sorted({branch.ids[:i] for branch in branches for i in range(len(branch.ids))} | {()})  # pre-order
+    place = {node: i for i, node in enumerate(nodes)}
+    ends = _subtree_ends([len(node) for node in nodes])
+    ids: list[int] = []
+    positions: list[int] = []
+    cached: list[int] = []
+    end: list[int] = []
+    read: list[list[tuple[int, int]]] = []
+    for stem in stems:
+        root = len(ids) + len(stem.ids) - 1
+        ids += [*stem.ids, *(node[-1] for node in nodes[1:])]
+        last = stem.start + len(stem.ids) - 1
+        positions += [*range(stem.start, last), *(last + len(node) for node in nodes)]
+        cached += [stem.start] * (len(ids) - len(cached))
+        end += [len(ids)] * len(stem.ids) + [root + own for own in ends[1:]]
         for branch in branches:
-            count, first = len(branch.ids), len(ids)
-            ids += branch.ids
-            positions += range(decision, decision + count)
-            source += [decision - 1, *range(first, first + count - 1)]
-            limit += [decision] * count
-            owner += [number] * count
-            scored += [-1] * (count - branch.scored) + [number] * branch.scored
-            number += 1
-    return ids, positions, source, limit, owner, scored
+            spelt = range(len(branch.ids) - branch.scored, len(branch.ids))
+            read.append([(root + place[branch.ids[:i]], branch.ids[i]) for i in spelt])
+    return [ids, positions, cached, end], read
+
+
+def _subtree_ends(depths: Sequence[int]) -> list[int]:
+    """For each node of a tree in pre-order, the place after its last descendant."""
+    ends = [len(depths)] * len(depths)
+    for i in reversed(range(len(depths))):
+        after = i + 1
+        while after < len(depths) and depths[after] > depths[i]:
+            after = ends[after]
+        ends[i] = after
+    return ends

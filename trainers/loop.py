@@ -181,12 +181,12 @@ def draw_starts(questions: Sequence[str], config: TrainConfig, step: int) -> lis
 def train_step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
     """One batch: play it, score it, and update on it. Returns the step's metrics; `step` in them counts from 1.
 
-    Episodes whose search failed are counted and left out.
+    Episodes whose search or reward failed are counted and left out.
     """
     clock = [time.perf_counter()]
     episodes = rollout(run.env, run.policy, draw_starts(sorted(run.env.questions), run.config, step))
     clock.append(time.perf_counter())
-    kept = [episode for episode in episodes if episode.stop is not Stop.SEARCH_FAILED]
+    kept = [episode for episode in episodes if not episode.stop.failed]
     metrics: dict[str, Any] = {"step": step + 1, "episodes": len(kept), "episodes_failed": len(episodes) - len(kept)}
     if kept:
         kept, encoded, old = score_episodes(run, kept)
@@ -203,7 +203,7 @@ def score_episodes(run: Run, episodes: Sequence[Trajectory]) -> tuple[list[Traje
     """Read every episode's log-probabilities, and its belief if the recipe needs one, in one packed pass.
 
     Returns the episodes with their belief and `info_gain` channel filled in, their tokens, and (T,) the
-    log-probability of each token.
+    log-probability of each sampled token.
     """
     policy, config = run.policy, run.config
     scorer = Scorer(
@@ -241,7 +241,7 @@ def _update_on(run: Run, optimizer: torch.optim.Optimizer, learned: Experience, 
     for first in range(0, len(part), config.micro_batch):
         rows = part[first : first + config.micro_batch]
         batch, old, advantages = learned.rows(rows, model.device)
-        logprobs = token_logprobs(model, batch, run.policy.temperature)
+        logprobs = token_logprobs(model, batch, run.policy.temperature, wanted=batch.sampled)
         losses = clipped_loss(logprobs, old, advantages, clip_low=config.clip, clip_high=config.clip)
         loss = (losses * weights[first : first + len(rows), : losses.shape[1]].to(losses)).sum()
         loss.backward()

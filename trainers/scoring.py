@@ -1,54 +1,145 @@
 """Likelihoods of tokens and of gold answers under a policy (IGPO, arXiv 2510.14967, §3).
 
-`agentgym_ig.belief` says what a belief is. `reference_beliefs` reads each from a forward pass of its own; `score`
-reads all of them, and the log-probabilities of the policy's own tokens, from one pass over the episode. They
-agree to 1e-4 in float32.
+`agentgym_ig.belief` says what a belief is. `reference_beliefs` reads each from a forward pass of its own. `score`
+reads the whole episode once, as causal attention does it fastest, keeps the keys and values, and reads all forced
+answers after all turns in one short second call. They agree to 1e-4 in float32. `docs/scoring.md` says more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
 from agentgym_ig.belief import with_belief
-from agentgym_ig.lm.encode import Branch, ConversationEncoder, Encoded
-from agentgym_ig.text import Prompt
-from agentgym_ig.trainers.batch import PackedBatch, TokenBatch, pack, pad
+from agentgym_ig.lm.alone import alone_with
+from agentgym_ig.lm.encode import OBSERVED, Branch, ConversationEncoder, Encoded
+from agentgym_ig.prompts import Prompt
+from agentgym_ig.trainers.batch import PackedBatch, Stem, TokenBatch, pack, pad
 from agentgym_ig.types import Conversation, Trajectory
 
 Model = Any
 """A transformers causal language model; its own classes are only partly typed."""
 
 
-def token_logprobs(model: Model, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
-    """(B, T) log-probability of each token given those before it; 0 at the first. Differentiable."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.real.long(), use_cache=False).logits
-    before = (torch.arange(batch.ids.shape[1], device=batch.ids.device) - 1).clamp(min=0).expand_as(batch.ids)
-    return _gather_logprobs(logits, before, batch.ids, temperature)
+def token_logprobs(
+    model: Model,
+    batch: TokenBatch,
+    temperature: float = 1.0,
+    *,
+    wanted: Tensor | None = None,
+    cache: DynamicCache | None = None,
+) -> Tensor:
+    """(B, T) log-probability of each token given those before it; 0 at the first. Differentiable.
+
+    wanted: (B, T) bool, the tokens to read, all real ones by default; the others get 0, and no logits are made for
+    them. cache: an empty one, to be filled with the keys and values of all tokens.
+    """
+    row, before = (batch.real if wanted is None else wanted)[:, 1:].nonzero(as_tuple=True)
+    # No attention mask: padding stands on the right, where causal attention does not look.
+    inputs = {"input_ids": batch.ids, "past_key_values": cache, "use_cache": cache is not None}
+    values = _logprobs_at(model, (row, before), batch.ids[row, before + 1], temperature, inputs)
+    return values.new_zeros(batch.ids.shape).index_put((row, before + 1), values)
 
 
-def _gather_logprobs(logits: Tensor, source: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """(B, T) log-probability of `ids` under the outputs at columns `source`; 0 in column 0, that nothing predicts."""
-    logits = logits.float() / temperature
-    row = torch.arange(len(ids), device=ids.device)[:, None]
-    logprobs = logits[row, source, ids] - logits.logsumexp(-1)[row, source]
-    return logprobs * (torch.arange(ids.shape[1], device=ids.device) > 0)
+def _logprobs_at(
+    model: Model, places: tuple[Tensor, Tensor], tokens: Tensor, temperature: float, inputs: dict[str, Any]
+) -> Tensor:
+    """(N,) log-probability of each of `tokens` (N,) under the output at its row and column, (N,) each."""
+    with alone_with(model), _output_only_at(model, places):
+        logits = model(**inputs).logits[0]
+    return -cross_entropy(logits.float() / temperature, tokens, reduction="none")
+
+
+@contextmanager
+def _output_only_at(model: Model, places: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Have the model make (1, N, vocabulary) logits, for N rows and columns alone.
+
+    Not by `logits_to_keep`, which in transformers 5.17 takes no places that differ from row to row; nor by calling
+    its output layer, which would leave out what some families then do to the logits.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places][None],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def branch_beliefs(
+    model: Model,
+    stems: Sequence[Sequence[Stem]],
+    branches: Sequence[Sequence[Branch]],
+    cache: DynamicCache,
+    temperature: float,
+) -> list[list[list[float]]]:
+    """The belief in each of `branches[b]` behind each of `stems[b]`, in one forward pass that continues `cache`.
+
+    The cache's rows are aligned at position 0 and get the new columns added. Returns (rows, stems, answers).
+    """
+    batch = pack(stems, branches, model.device)
+    inputs = {
+        "input_ids": batch.ids,
+        "position_ids": batch.positions,
+        "attention_mask": _tree_masks(model, batch, cache.get_seq_length()),
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    logprobs = _logprobs_at(model, (batch.row, batch.column), batch.token, temperature, inputs).double().cpu()
+    means = iter([float(own.mean()) for own in logprobs.split(batch.scored.tolist())])
+    return [[[next(means) for _ in answers] for _ in own] for own, answers in zip(stems, branches, strict=True)]
+
+
+def _tree_masks(model: Model, batch: PackedBatch, width: int) -> Any:
+    """What the model takes as its attention mask: one, or one for each kind of layer that it has.
+
+    Raises ValueError for layers and attention kernels that cannot follow a tree.
+    """
+    config = model.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layers of {', '.join(sorted(other))} cannot be scored; take a model with plain attention")
+    if "sliding_attention" in kinds:
+        every = {"full_attention": batch.allowed(width), "sliding_attention": batch.allowed(width, window)}
+        return {kind: _mask(model, allowed) for kind, allowed in every.items()}
+    return _mask(model, batch.allowed(width, None if kinds else window))  # without kinds, all layers are alike
+
+
+def _mask(model: Model, allowed: Tensor) -> Any:
+    """(B, S, width + S) bool in the form that the model's attention kernel wants."""
+    kernel = model.config.get_text_config()._attn_implementation
+    if kernel == "flex_attention":
+        rows, columns, width = allowed.shape
+        return create_block_mask(lambda b, h, q, k: allowed[b, q, k], rows, None, columns, width, allowed.device)
+    if kernel == "sdpa":
+        return allowed[:, None]
+    if kernel == "eager":  # additive: it would add a bool as 0 and 1
+        mask = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)[:, None]
+    raise ValueError(f"attention {kernel!r} takes no tree mask; load the model with attn_implementation='sdpa'")
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One episode's likelihoods: `logprobs` (T,) of all its tokens, `beliefs` (decisions, answers)."""
+    """One episode's likelihoods: `logprobs` (T,) of the tokens that the policy wrote, 0 at all others, and `beliefs`
+    (decisions, answers). A value that is not finite is passed on as it is.
+    """
 
     logprobs: Tensor
     beliefs: list[list[float]]
 
 
 class Scorer:
-    """Reads likelihoods from a transformers model without a gradient, `batch_size` episodes at a time."""
+    """Reads likelihoods from a transformers model without a gradient, `batch_size` episodes at a time.
+
+    Raises ValueError for a temperature that is not above 0, and, when it reads, for a model that it cannot.
+    """
 
     def __init__(
         self,
@@ -59,6 +150,8 @@ class Scorer:
         temperature: float = 1.0,
         batch_size: int = 64,
     ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} gives no probabilities; use one above 0")
         self.model, self.encoder, self.prompt = model, encoder, prompt
         self.temperature, self.batch_size = temperature, batch_size
 
@@ -67,39 +160,32 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, conversations: Sequence[Encoded], answers: Sequence[Sequence[str]]) -> list[Scored]:
-        """One packed forward pass for all decisions and all answers of each conversation.
+        """All decisions and all answers of each conversation, and its own tokens.
 
         With no answers for a conversation its beliefs are empty lists; the token log-probabilities come anyway.
         """
         branches = [self._branches(own) for own in answers]
-        scored: list[Scored] = []
-        for start in range(0, len(conversations), self.batch_size):
-            some = slice(start, start + self.batch_size)
-            scored += self._score_batch(conversations[some], branches[some])
-        return scored
+        order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].ids))  # little padding
+        scored: dict[int, Scored] = {}
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            found = self._score_batch([conversations[i] for i in rows], [branches[i] for i in rows])
+            scored |= zip(rows, found, strict=True)
+        return [scored[i] for i in range(len(conversations))]
 
     def _score_batch(self, conversations: Sequence[Encoded], branches: Sequence[Sequence[Branch]]) -> list[Scored]:
-        batch = pack(conversations, branches, self.model.device)
-        logprobs = self._packed_logprobs(batch)
-        scored: list[Scored] = []
-        for row, encoded in enumerate(conversations):
-            decisions, answers = len(encoded.decisions), len(branches[row])
-            mine = batch.branch[row]
-            beliefs = [
-                [float(logprobs[row][mine == decision * answers + answer].double().mean()) for answer in range(answers)]
-                for decision in range(decisions)
-            ]
-            scored.append(Scored(logprobs[row, : len(encoded.ids)], beliefs))
-        return scored
-
-    def _packed_logprobs(self, batch: PackedBatch) -> Tensor:
-        dtype = self.model.dtype
-        mask = torch.zeros(batch.allowed.shape, dtype=dtype, device=batch.ids.device)
-        mask.masked_fill_(~batch.allowed, torch.finfo(dtype).min)  # additive: right with every attention kernel
-        logits = self.model(
-            input_ids=batch.ids, attention_mask=mask[:, None], position_ids=batch.positions, use_cache=False
-        ).logits
-        return _gather_logprobs(logits, batch.source, batch.ids, self.temperature)
+        batch = pad(conversations, self.model.device)
+        cache = DynamicCache() if any(branches) else None  # made without a config, it also keeps what a window leaves
+        logprobs = token_logprobs(self.model, batch, self.temperature, wanted=batch.sampled, cache=cache)
+        # The token before each answer is read again, so that all predictions come from the second pass.
+        stems = [[Stem(own.ids[d - 1 : d], d - 1) for d in own.decisions] for own in conversations]
+        beliefs = (
+            [[[] for _ in own] for own in stems]
+            if cache is None
+            else branch_beliefs(self.model, stems, branches, cache, self.temperature)
+        )
+        rows = zip(logprobs, conversations, beliefs, strict=True)
+        return [Scored(row[: len(encoded.ids)], own) for row, encoded, own in rows]
 
     @torch.no_grad()
     def reference_beliefs(self, conversation: Conversation, answers: Sequence[str]) -> list[list[float]]:
@@ -131,5 +217,5 @@ class Scorer:
         The last message of every conversation must be the environment's.
         """
         encoded = [self.encoder.encode(conversation) for conversation in conversations]
-        last = [Encoded(own.ids, own.turn, own.decisions[-1:]) for own in encoded]
+        last = [Encoded(own.ids, [OBSERVED] * len(own.ids), own.decisions[-1:]) for own in encoded]
         return [scored.beliefs[0] for scored in self.score(last, answers)]

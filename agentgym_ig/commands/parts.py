@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentgym_ig.envs.datasets import question_file
 from agentgym_ig.envs.episode import Rules
 from agentgym_ig.envs.evaluate import Suite, suite_datasets
+from agentgym_ig.envs.gold import gold_passages
 from agentgym_ig.envs.rollout import prompts_of
+from agentgym_ig.envs.search import SearchVectorEnv
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.indexes.base import StoredIndex
 from agentgym_ig.indexes.opening import open_indexes
@@ -29,7 +33,6 @@ Device = Annotated[str | None, typer.Option(help="Where a dense index computes; 
 Cache = Annotated[Path | None, typer.Option(help="Keep results in this file, for later runs too.")]
 
 if TYPE_CHECKING:
-    from agentgym_ig.envs.search import SearchVectorEnv
     from agentgym_ig.trainers.loop import TrainConfig
 
 
@@ -71,13 +74,12 @@ def open_suite(
         )
     found: dict[str, list[Question]] = {}
     for dataset in datasets:
-        for path in (questions / f"{dataset}.jsonl", questions / f"{dataset}.jsonl.gz"):
-            if path.is_file():
-                # Releases number each dataset from 0, so ids are told apart by the dataset's name.
-                found[dataset] = [
-                    replace(question, id=f"{dataset}/{question.id}", dataset=dataset)
-                    for question in read_questions(path)[:limit]
-                ]
+        if (path := question_file(questions, dataset)) is not None:
+            # Releases number each dataset from 0, so ids are told apart by the dataset's name.
+            found[dataset] = [
+                replace(question, id=f"{dataset}/{question.id}", dataset=dataset)
+                for question in read_questions(path)[:limit]
+            ]
     if not found:
         raise CorpusError(f"{questions} holds none of {', '.join(f'{dataset}.jsonl[.gz]' for dataset in datasets)}")
     return Suite(name, found, open_indexes(index), Rules(**overrides))
@@ -104,8 +106,8 @@ def open_training(
     places = config.questions_per_step * config.group_size
     if tiny:
         env = training_env(training_world(seed), places)
-        env.rules = replace(env.rules, **overrides)
-        return config, env
+        rules = replace(env.rules, **overrides)
+        return config, SearchVectorEnv(env.index, list(env.questions.values()), places, rules)
     asked = open_suite(suite, questions, index, None, overrides)
     domains = suite_datasets(suite)
     own = {name: found for name, found in asked.questions.items() if domains[name] == "in_domain"}
@@ -114,8 +116,19 @@ def open_training(
     return config, replace(asked, questions=own).env(places)
 
 
-def open_policy(name: str, suite: Suite, *, device: str, temperature: float, max_new_tokens: int) -> Policy:
-    """A policy by name: `oracle`, `search-once`, `random`, or a model's name or folder."""
+def open_policy(
+    name: str, suite: Suite, *, device: str, temperature: float, max_new_tokens: int, server: str | None = None
+) -> Policy:
+    """A policy by name: `oracle`, `search-once`, `random`, or a model's name or folder.
+
+    With `server`, the address of an OpenAI-compatible server, the name is that server's for a model of its own; the
+    key comes from the environment variable OPENAI_API_KEY.
+    """
+    if server is not None:
+        from agentgym_ig.remote import OpenAIPolicy, OpenAIServer
+
+        behind = OpenAIServer(server, name, api_key=os.environ.get("OPENAI_API_KEY"))
+        return OpenAIPolicy(behind, temperature=temperature, max_tokens=max_new_tokens)
     if name == "random":
         return RandomPolicy()
     if name == "search-once":
@@ -130,12 +143,10 @@ def open_policy(name: str, suite: Suite, *, device: str, temperature: float, max
 
 
 def open_oracle(suite: Suite) -> Policy:
-    """The oracle for all questions of a suite. Raises ValueError for an index that cannot list its passages."""
+    """The oracle for a suite. Raises ValueError for an index that cannot list its passages, or lacks gold ones."""
     if not isinstance(suite.index, StoredIndex):
         raise ValueError(
             f"the oracle needs an index whose passages can be listed; {type(suite.index).__name__} has none"
         )
     env = suite.env(1)
-    wanted = {passage for question in env.questions.values() for passage in question.supporting}
-    titles = {passage.id: passage.title for passage in suite.index.passages() if passage.id in wanted}
-    return oracle(prompts_of(env), titles)
+    return oracle(prompts_of(env), gold_passages(suite.index, env.questions.values()))

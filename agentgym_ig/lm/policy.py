@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from agentgym_ig.grammar import GRAMMARS
+from agentgym_ig.lm.alone import alone_with
 from agentgym_ig.lm.encode import ConversationEncoder, Tokenizer
-from agentgym_ig.text import STOP_STRINGS
 from agentgym_ig.types import Action, Conversation
 
 
@@ -71,24 +73,29 @@ class TransformersPolicy:
             )
         self.model, self.encoder = model, ConversationEncoder(tokenizer)
         self.temperature, self.max_new_tokens, self.batch_size = temperature, max_new_tokens, batch_size
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._longest_context = math.inf if longest is None else longest - max_new_tokens
         self._closing = _closing_tokens(tokenizer, len(tokenizer))
         ends = model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         self._ends = frozenset([*ends, tokenizer.eos_token_id]) - {None}
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def __call__(self, conversations: Sequence[Conversation], /) -> list[Action]:
-        """One action for each conversation, in order."""
-        actions: list[Action] = []
-        for start in range(0, len(conversations), self.batch_size):
-            actions += self._sample(conversations[start : start + self.batch_size])
+    def __call__(self, conversations: Sequence[Conversation], /) -> list[Action | None]:
+        """One action for each conversation, in order; None for one that no longer fits the model."""
+        contexts = [self.encoder.encode(conversation).ids for conversation in conversations]
+        actions: list[Action | None] = [None] * len(conversations)
+        fitting = [place for place, context in enumerate(contexts) if len(context) <= self._longest_context]
+        for start in range(0, len(fitting), self.batch_size):
+            some = fitting[start : start + self.batch_size]
+            sampled = self._sample([conversations[place] for place in some], [contexts[place] for place in some])
+            for place, action in zip(some, sampled, strict=True):
+                actions[place] = action
         return actions
 
     @torch.no_grad()
-    def _sample(self, conversations: Sequence[Conversation]) -> list[Action]:
-        contexts = [self.encoder.encode(conversation).ids for conversation in conversations]
+    def _sample(self, conversations: Sequence[Conversation], contexts: Sequence[list[int]]) -> list[Action]:
         width = max(map(len, contexts))
-        self._check_length(width)
         device = self.model.device
         ids = torch.tensor([[self._pad] * (width - len(own)) + own for own in contexts], device=device)
         real = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in contexts], device=device)
@@ -99,34 +106,29 @@ class TransformersPolicy:
             pad_token_id=self._pad,
             eos_token_id=sorted(self._ends) or None,
         )
-        with _without_own_defaults(self.model):
+        stops = [GRAMMARS[conversation.grammar].stop_strings for conversation in conversations]
+        closed = _Closed(self.encoder.tokenizer, self._closing, stops, width)
+        with alone_with(self.model), _without_own_defaults(self.model):
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=real,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([_Closed(self.encoder.tokenizer, self._closing, width)]),
+                stopping_criteria=StoppingCriteriaList([closed]),
             )
         rows = out[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, 1).tolist()
-        return [self._action(row, own) for row, own in zip(rows, logprobs, strict=True)]
+        return [self._action(*row) for row in zip(rows, logprobs, stops, strict=True)]
 
-    def _check_length(self, width: int) -> None:
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        if longest is not None and width + self.max_new_tokens > longest:
-            raise ValueError(
-                f"a conversation of {width} tokens and {self.max_new_tokens} new ones do not fit the model's {longest};"
-                " lower max_turns, top_k or max_new_tokens"
-            )
-
-    def _action(self, row: list[int], logprobs: list[float]) -> Action:
-        length = len(row)
+    def _action(self, row: list[int], logprobs: list[float], stops: tuple[str, ...]) -> Action:
+        tokenizer, length = self.encoder.tokenizer, len(row)
         for place, token in enumerate(row):
-            closes = token in self._closing and _ends_turn(self.encoder.tokenizer, row[: place + 1])
-            if token in self._ends or closes:
+            if token in self._ends or (token in self._closing and _closes(tokenizer, row[: place + 1], stops)):
                 length = place + 1
                 break
-        text = self.encoder.tokenizer.decode(row[:length], skip_special_tokens=True)
+        # The end is no text, though some tokenizers do not call it special.
+        written = row[: length - 1] if row[length - 1] in self._ends else row[:length]
+        text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Action(text, tuple(row[:length]), tuple(logprobs[:length]))
 
 
@@ -167,8 +169,10 @@ class _Sampler(LogitsProcessor):
 class _Closed(StoppingCriteria):
     """Stops each row when it has written a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, closing: frozenset[int], prompt_width: int) -> None:
-        self.tokenizer, self.closing, self.width = tokenizer, closing, prompt_width
+    def __init__(
+        self, tokenizer: Tokenizer, closing: frozenset[int], stops: Sequence[tuple[str, ...]], prompt_width: int
+    ) -> None:
+        self.tokenizer, self.closing, self.stops, self.width = tokenizer, closing, stops, prompt_width
         self.done: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -177,7 +181,7 @@ class _Closed(StoppingCriteria):
             self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         last = input_ids[:, -1].tolist()
         for row in (row for row, token in enumerate(last) if token in self.closing):
-            if _ends_turn(self.tokenizer, input_ids[row, self.width :].tolist()):
+            if _closes(self.tokenizer, input_ids[row, self.width :].tolist(), self.stops[row]):
                 self.done[row] = True
         return self.done
 
@@ -186,9 +190,10 @@ _TAIL = 16
 """Tokens that surely hold the longest stop string, however finely it is cut."""
 
 
-def _ends_turn(tokenizer: Tokenizer, row: list[int]) -> bool:
-    tail: str = tokenizer.decode(row[-_TAIL:], skip_special_tokens=False)
-    return tail.rstrip().endswith(STOP_STRINGS)
+def _closes(tokenizer: Tokenizer, row: list[int], stops: tuple[str, ...]) -> bool:
+    """Whether the row's last token completes a stop string; more may follow within that token, as in `></`."""
+    tail: str = tokenizer.decode(row[-_TAIL:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return any(stop in tail for stop in stops)
 
 
 def _closing_tokens(tokenizer: Tokenizer, size: int) -> frozenset[int]:
