@@ -73,7 +73,7 @@ def make_env(prompt: str, num_envs: int) -> Any:
     world = World(3, "train")
     questions = list(tinywiki_questions(world, "hop2", 50))
     rules = Rules(
-        prompt=with_guide(PROMPTS[prompt]), max_turns=6, max_searches=3, max_observation=150, top_k=2, metric="em"
+        prompt=with_guide(PROMPTS[prompt]), max_turns=6, max_searches=2, max_observation=40, top_k=2, metric="em"
     )
     env: Any = SearchVectorEnv(tinywiki_index(world), questions, num_envs, rules)
     for channel in (SearchCost(), RepeatQuery(), Evidence(), SelfGuide()):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from agentgym_ig.commands.main import main
 from tests.fakes import PASSAGES, QUESTIONS
+from tests.openai_server import own_server, teach
 
 torch.set_num_threads(1)
 
@@ -47,3 +49,18 @@ def toy(tmp_path: Path) -> Path:
         ]
         (tmp_path / "questions" / f"{dataset}.jsonl").write_text("\n".join(map(json.dumps, asked)))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny chat model that knows how to search and answer, saved as a hub folder."""
+    path = tmp_path_factory.mktemp("taught")
+    teach(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_server(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real OpenAI-compatible server of that model, whose answers a test can plan."""
+    with own_server(taught, tmp_path_factory.mktemp("logs") / "own.log") as (url, _):
+        yield url

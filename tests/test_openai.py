@@ -27,32 +27,17 @@ from tests.openai_server import (
     byte_tokenizer,
     client,
     one,
-    own_server,
     plan,
     reply,
     seen,
-    teach,
     transformers_serve,
 )  # fmt: skip
 from tests.tiny import shipped_policy, tiny_env
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("taught")
-    teach(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with transformers_serve(tmp_path_factory.mktemp("logs") / "serve.log") as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def own(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with own_server(folder, tmp_path_factory.mktemp("logs") / "own.log") as (url, _):
         yield url
 
 
@@ -72,13 +57,13 @@ def play(policy: OpenAIPolicy, start: Conversation, found: str, episodes: int = 
 
 
 @pytest.mark.parametrize(("start", "found"), [(TAGS, INFORMATION), (CALLS, FOUND)], ids=["tags", "tools"])
-def test_transformers_serve_plays_by_chat(real: str, folder: Path, start: Conversation, found: str) -> None:
-    with client(real, str(folder)) as server:
+def test_transformers_serve_plays_by_chat(real: str, taught: Path, start: Conversation, found: str) -> None:
+    with client(real, str(taught)) as server:
         play(OpenAIPolicy(server, temperature=0.0, max_tokens=200, cuts_stops=False), start, found)
 
 
-def test_transformers_serve_plays_by_completions(real: str, folder: Path) -> None:
-    with client(real, str(folder)) as server:
+def test_transformers_serve_plays_by_completions(real: str, taught: Path) -> None:
+    with client(real, str(taught)) as server:
         policy = OpenAIPolicy(server, endpoint="completions", temperature=0.0, max_tokens=200, cuts_stops=False)
         play(policy, TAGS, INFORMATION)
 
@@ -96,33 +81,33 @@ def test_transformers_serve_plays_tinywiki_as_the_local_model_does(real: str) ->
     assert any(len(episode.turns) > 1 for episode in episodes)
 
 
-def test_transformers_serve_repeats_itself_on_equal_seeds(real: str, folder: Path) -> None:
-    with client(real, str(folder), concurrency=1) as server:
+def test_transformers_serve_repeats_itself_on_equal_seeds(real: str, taught: Path) -> None:
+    with client(real, str(taught), concurrency=1) as server:
         policy = OpenAIPolicy(server, temperature=2.5, max_tokens=20, cuts_stops=False)
         batch = [Conversation(TAGS.messages, seed) for seed in (1, 2, 1)]
         texts = [action.text for action in policy(batch) if action]
         assert texts[0] == texts[2] != texts[1]
 
 
-def test_transformers_serve_takes_no_token_ids(real: str, folder: Path) -> None:
-    with client(real, str(folder)) as server:
+def test_transformers_serve_takes_no_token_ids(real: str, taught: Path) -> None:
+    with client(real, str(taught)) as server:
         policy = OpenAIPolicy(server, endpoint="completions", encoder=ConversationEncoder(byte_tokenizer()))
         with pytest.raises(ServerFailed, match=r"1 of 1 requests failed.*answered 400.*must be a string"):
             policy([TAGS])
 
 
 @pytest.mark.parametrize(("start", "found"), [(TAGS, INFORMATION), (CALLS, FOUND)], ids=["tags", "tools"])
-def test_stop_strings_that_were_cut_off_come_back(own: str, start: Conversation, found: str) -> None:
-    plan(own)
-    with client(own) as server:
+def test_stop_strings_that_were_cut_off_come_back(model_server: str, start: Conversation, found: str) -> None:
+    plan(model_server)
+    with client(model_server) as server:
         play(OpenAIPolicy(server, temperature=0.0, max_tokens=200), start, found)
-    assert seen(own)[0]["stop"] == list(GRAMMARS[start.grammar].stop_strings)
+    assert seen(model_server)[0]["stop"] == list(GRAMMARS[start.grammar].stop_strings)
 
 
-def test_a_turn_that_just_ended_gets_no_closing_tag(own: str) -> None:
-    plan(own)
+def test_a_turn_that_just_ended_gets_no_closing_tag(model_server: str) -> None:
+    plan(model_server)
     early = Conversation((Message("user", "End early."),))
-    with client(own) as server:
+    with client(model_server) as server:
         assert one(OpenAIPolicy(server, temperature=0.0), early).text == "<search>Warsaw"
 
 
@@ -143,71 +128,71 @@ def test_a_turn_that_just_ended_gets_no_closing_tag(own: str) -> None:
         ("<answer>y</answer>", {"message": {"reasoning_content": "hm"}}, "<think>hm</think>\n<answer>y</answer>"),
     ],
 )
-def test_what_becomes_of_an_answer(own: str, text: str | None, fields: dict[str, Any], wanted: str) -> None:
-    plan(own, reply(text, **fields))
-    with client(own) as server:
+def test_what_becomes_of_an_answer(model_server: str, text: str | None, fields: dict[str, Any], wanted: str) -> None:
+    plan(model_server, reply(text, **fields))
+    with client(model_server) as server:
         assert one(OpenAIPolicy(server)).text == wanted
 
 
 @pytest.mark.parametrize("arguments", ['{"query": ["a", "b < c"]}', {"query": ["a", "b < c"]}])
-def test_structured_calls_become_text(own: str, arguments: Any) -> None:
+def test_structured_calls_become_text(model_server: str, arguments: Any) -> None:
     call = {"type": "function", "id": "1", "function": {"name": "search", "arguments": arguments}}
-    plan(own, reply("<think>x</think>\n\n", finish_reason="tool_calls", message={"tool_calls": [call]}))
-    with client(own) as server:
+    plan(model_server, reply("<think>x</think>\n\n", finish_reason="tool_calls", message={"tool_calls": [call]}))
+    with client(model_server) as server:
         action = one(OpenAIPolicy(server), CALLS)
     assert GRAMMARS["tools"].parse(action.text) == Search(("a", "b < c"))
     assert action.text.startswith("<think>x</think>\n<tool_call>")
 
 
-def test_several_calls_are_one_action(own: str) -> None:
+def test_several_calls_are_one_action(model_server: str) -> None:
     calls = [{"function": {"name": "search", "arguments": f'{{"query": ["{query}"]}}'}} for query in "ab"]
-    plan(own, reply(None, finish_reason="tool_calls", message={"tool_calls": calls}))
-    with client(own) as server:
+    plan(model_server, reply(None, finish_reason="tool_calls", message={"tool_calls": calls}))
+    with client(model_server) as server:
         assert GRAMMARS["tools"].parse(one(OpenAIPolicy(server), CALLS).text) == Search(("a", "b"))
 
 
-def test_arguments_that_are_no_json_are_malformed_and_no_error(own: str) -> None:
+def test_arguments_that_are_no_json_are_malformed_and_no_error(model_server: str) -> None:
     call = {"function": {"name": "search", "arguments": '{"query": ["a"'}}
-    plan(own, reply(None, message={"tool_calls": [call]}))
-    with client(own) as server:
+    plan(model_server, reply(None, message={"tool_calls": [call]}))
+    with client(model_server) as server:
         assert "no JSON" in str(GRAMMARS["tools"].parse(one(OpenAIPolicy(server), CALLS).text))
 
 
-def test_roles_as_every_template_can_take_them(own: str) -> None:
+def test_roles_as_every_template_can_take_them(model_server: str) -> None:
     longer = CALLS.plus(Message("assistant", CALL), Message("tool", FOUND))
-    plan(own, reply(ANSWER))
-    with client(own) as server:
+    plan(model_server, reply(ANSWER))
+    with client(model_server) as server:
         policy = OpenAIPolicy(server, extra={"top_p": 0.9, "seed": None})
         policy([longer])
-    (sent,) = seen(own)
+    (sent,) = seen(model_server)
     assert [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
     assert sent["messages"][-1]["content"] == f"<tool_response>\n{FOUND}\n</tool_response>"
     assert sent["top_p"] == 0.9
     assert "seed" not in sent
 
 
-def test_each_request_has_the_seed_of_its_episode_and_turn(own: str) -> None:
+def test_each_request_has_the_seed_of_its_episode_and_turn(model_server: str) -> None:
     batch = [Conversation(TAGS.messages, seed) for seed in (0, 1, 2**62)]
     batch.append(batch[0].plus(Message("assistant", SEARCH), Message("tool", INFORMATION)))
-    plan(own)
-    with client(own) as server:
+    plan(model_server)
+    with client(model_server) as server:
         policy = OpenAIPolicy(server, max_tokens=12, temperature=2.0)
         once, again = policy(batch), policy(batch[::-1])[::-1]
     assert once == again
-    seeds = {sent["seed"] for sent in seen(own)}
+    seeds = {sent["seed"] for sent in seen(model_server)}
     assert seeds == {request_seed(conversation) for conversation in batch}
     assert len(seeds) == 4
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_token_ids_go_out_and_come_back_exact(own: str) -> None:
+def test_token_ids_go_out_and_come_back_exact(model_server: str) -> None:
     encoder = ConversationEncoder(byte_tokenizer())
-    plan(own)
-    with client(own) as server:
+    plan(model_server)
+    with client(model_server) as server:
         extra = {"logprobs": 0, "return_token_ids": True}
         policy = OpenAIPolicy(server, endpoint="completions", encoder=encoder, extra=extra)
         action = one(policy)
-        assert seen(own)[0]["prompt"] == encoder.encode(TAGS).ids
+        assert seen(model_server)[0]["prompt"] == encoder.encode(TAGS).ids
         assert encoder.tokenizer.decode(action.token_ids, skip_special_tokens=True) == action.text
         assert len(action.logprobs) == len(action.token_ids) > 0
         policy.temperature = 0.5  # the server's log-probabilities are not those of what was sampled from
@@ -224,10 +209,10 @@ def test_token_ids_go_out_and_come_back_exact(own: str) -> None:
         {"message": "request (9 tokens) exceeds the available context size", "type": "exceed_context_size_error"},
     ],
 )
-def test_a_conversation_that_is_too_long_ends_and_the_others_go_on(own: str, error: dict[str, Any]) -> None:
+def test_a_conversation_that_is_too_long_ends_and_the_others_go_on(model_server: str, error: dict[str, Any]) -> None:
     long = Conversation((Message("user", "very long"),))
-    plan(own, {"status": 400, "body": {"error": error}, "when": "very long"})
-    with client(own) as server:
+    plan(model_server, {"status": 400, "body": {"error": error}, "when": "very long"})
+    with client(model_server) as server:
         actions = OpenAIPolicy(server, temperature=0.0)([TAGS, long])
         assert actions == [Action(SEARCH), None]
 
@@ -241,10 +226,10 @@ def test_bad_settings(options: Any) -> None:
         OpenAIPolicy(server, **options)
 
 
-def test_the_examples_of_the_documentation_run(own: str, folder: Path) -> None:
-    plan(own)
+def test_the_examples_of_the_documentation_run(model_server: str, taught: Path) -> None:
+    plan(model_server)
     page = (Path(__file__).parent.parent / "docs" / "policies.md").read_text()
-    page = page.replace("http://127.0.0.1:8000", own).replace("Qwen/Qwen3-8B", str(folder))
+    page = page.replace("http://127.0.0.1:8000", model_server).replace("Qwen/Qwen3-8B", str(taught))
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, "policies.md", "exec"), names)

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread, Timer
 from typing import Any
@@ -34,23 +33,8 @@ from tests.openai_server import (
     plan,
     reply,
     seen,
-    teach,
 )  # fmt: skip
 from tests.test_server import free_port
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("taught")
-    teach(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def own(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with own_server(folder, tmp_path_factory.mktemp("logs") / "own.log") as (url, _):
-        yield url
-
 
 PASSING: list[dict[str, Any]] = [
     {"status": 500, "body": "oops"},
@@ -65,38 +49,38 @@ PASSING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fault", PASSING, ids=str)
-def test_what_passes_is_tried_again(own: str, fault: dict[str, Any]) -> None:
-    plan(own, {**fault, "times": 2})
-    with client(own, timeout=1.0, attempts=3) as server:
+def test_what_passes_is_tried_again(model_server: str, fault: dict[str, Any]) -> None:
+    plan(model_server, {**fault, "times": 2})
+    with client(model_server, timeout=1.0, attempts=3) as server:
         assert one(OpenAIPolicy(server, temperature=0.0, max_tokens=5)).text == SEARCH[:5]
-    assert len(seen(own)) == 3
+    assert len(seen(model_server)) == 3
 
 
 @pytest.mark.parametrize("fault", PASSING, ids=str)
-def test_what_does_not_pass_is_an_error_that_says_so(own: str, fault: dict[str, Any]) -> None:
-    plan(own, {**fault, "times": 2})
-    with client(own, timeout=1.0, attempts=2) as server:
+def test_what_does_not_pass_is_an_error_that_says_so(model_server: str, fault: dict[str, Any]) -> None:
+    plan(model_server, {**fault, "times": 2})
+    with client(model_server, timeout=1.0, attempts=2) as server:
         (failed,) = server.ask("completions", [{"prompt": "x", "max_tokens": 1}])
     assert isinstance(failed, ServerUnavailable)
-    assert f"{own}/v1/completions" in str(failed)
+    assert f"{model_server}/v1/completions" in str(failed)
     wanted = "cannot be reached" if "headers" in fault else "no JSON" if fault.get("status") == 200 else "answer"
     assert wanted in str(failed)
     assert str(fault.get("status", 200)) in str(failed) or wanted != "answer" or "within 1 s" in str(failed)
 
 
-def test_the_server_is_left_alone_for_as_long_as_it_asks(own: str) -> None:
+def test_the_server_is_left_alone_for_as_long_as_it_asks(model_server: str) -> None:
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
     for value, least in ((soon, 0.9), ("1", 1.0), ("nonsense", 0.0), ("-5", 0.0), ("nan", 0.0)):
-        plan(own, {"status": 429, "headers": {"Retry-After": value}})
+        plan(model_server, {"status": 429, "headers": {"Retry-After": value}})
         began = time.monotonic()
-        with client(own) as server:
+        with client(model_server) as server:
             one(OpenAIPolicy(server, temperature=0.0))
         assert least <= time.monotonic() - began < least + 5
 
 
-def test_closing_does_not_wait_for_a_pause(own: str) -> None:
-    plan(own, {"status": 429, "headers": {"Retry-After": "50"}, "times": 9})
-    server = client(own)
+def test_closing_does_not_wait_for_a_pause(model_server: str) -> None:
+    plan(model_server, {"status": 429, "headers": {"Retry-After": "50"}, "times": 9})
+    server = client(model_server)
     began = time.monotonic()
     Timer(0.5, server.close).start()
     (failed,) = server.ask("completions", [{"prompt": "x", "max_tokens": 1}])
@@ -115,42 +99,42 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fault", "message"), REFUSED, ids=str)
-def test_what_is_refused_is_not_tried_again(own: str, fault: dict[str, Any], message: str) -> None:
-    plan(own, fault)
-    with client(own, api_key="secret-7") as server, pytest.raises(ServerFailed, match=message) as caught:
+def test_what_is_refused_is_not_tried_again(model_server: str, fault: dict[str, Any], message: str) -> None:
+    plan(model_server, fault)
+    with client(model_server, api_key="secret-7") as server, pytest.raises(ServerFailed, match=message) as caught:
         OpenAIPolicy(server)([TAGS])
-    assert len(seen(own)) == 1
+    assert len(seen(model_server)) == 1
     assert "secret-7" not in str(caught.value)
 
 
-def test_an_unknown_model_lists_those_there_are(own: str) -> None:
+def test_an_unknown_model_lists_those_there_are(model_server: str) -> None:
     with (
-        client(own, "big") as server,
+        client(model_server, "big") as server,
         pytest.raises(ServerFailed, match="asked for 'big', but the server offers small"),
     ):
         OpenAIPolicy(server)([TAGS])
 
 
-def test_a_failed_request_does_not_lose_the_others(own: str) -> None:
-    plan(own, {"status": 400, "body": "no", "when": "number 3"})
-    with client(own, concurrency=4) as server:
+def test_a_failed_request_does_not_lose_the_others(model_server: str) -> None:
+    plan(model_server, {"status": 400, "body": "no", "when": "number 3"})
+    with client(model_server, concurrency=4) as server:
         bodies = [{"prompt": f"number {i}", "max_tokens": 1} for i in range(12)]
         outcomes = server.ask("completions", bodies)
     assert [isinstance(outcome, ServerFailed) for outcome in outcomes] == [i == 3 for i in range(12)]
-    assert len(seen(own)) == 12
+    assert len(seen(model_server)) == 12
 
 
-def test_words_of_the_prompt_are_not_taken_for_the_servers(own: str) -> None:
+def test_words_of_the_prompt_are_not_taken_for_the_servers(model_server: str) -> None:
     invalid = {"detail": [{"msg": "Input should be an integer", "input": "What is a context length?"}]}
-    plan(own, {"status": 422, "body": invalid})
-    with client(own) as server:
+    plan(model_server, {"status": 422, "body": invalid})
+    with client(model_server) as server:
         (failed,) = server.ask("completions", [{"prompt": "x"}])
     assert isinstance(failed, ServerFailed)
     assert not isinstance(failed, ContextTooLong)
 
 
-def test_a_server_that_dies_keeps_what_it_has_answered(folder: Path, tmp_path: Path) -> None:
-    with own_server(folder, tmp_path / "log") as (url, process), client(url, attempts=2, concurrency=4) as server:
+def test_a_server_that_dies_keeps_what_it_has_answered(taught: Path, tmp_path: Path) -> None:
+    with own_server(taught, tmp_path / "log") as (url, process), client(url, attempts=2, concurrency=4) as server:
 
         def kill_halfway() -> None:
             while len(seen(url)) < 12:
@@ -175,8 +159,8 @@ def test_nobody_at_the_address() -> None:
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
-def test_addresses(own: str, end: str) -> None:
-    with client(own + end) as server:
+def test_addresses(model_server: str, end: str) -> None:
+    with client(model_server + end) as server:
         assert server.models() == ["small"]
 
 
@@ -186,28 +170,28 @@ def test_what_is_no_address(bad: str) -> None:
         OpenAIServer(bad, "m")
 
 
-def test_the_key_is_sent_and_never_shown(own: str) -> None:
-    plan(own)
-    with client(own, api_key="secret-7\n") as server:
+def test_the_key_is_sent_and_never_shown(model_server: str) -> None:
+    plan(model_server)
+    with client(model_server, api_key="secret-7\n") as server:
         one(OpenAIPolicy(server, max_tokens=1))
         assert "secret" not in repr(server)
-    assert seen(own)[0]["key"] == "Bearer secret-7"
+    assert seen(model_server)[0]["key"] == "Bearer secret-7"
     with pytest.raises(ValueError, match="api_key") as caught:
-        OpenAIServer(own, "m", api_key="secret\nexport X=1")
+        OpenAIServer(model_server, "m", api_key="secret\nexport X=1")
     assert "secret" not in str(caught.value)
 
 
-def test_lone_surrogates_do_no_harm(own: str) -> None:
-    plan(own)
-    with client(own) as server:
+def test_lone_surrogates_do_no_harm(model_server: str) -> None:
+    plan(model_server)
+    with client(model_server) as server:
         one(OpenAIPolicy(server, max_tokens=1), Conversation((Message("user", "a\ud800b"),)))
-    assert seen(own)[0]["messages"][0]["content"] == "a?b"
+    assert seen(model_server)[0]["messages"][0]["content"] == "a?b"
 
 
-def test_as_many_at_once_as_allowed(own: str) -> None:
+def test_as_many_at_once_as_allowed(model_server: str) -> None:
     def seconds(concurrency: int) -> float:
-        plan(own, {"delay": 0.3, "times": 6})
-        with client(own, concurrency=concurrency) as server:
+        plan(model_server, {"delay": 0.3, "times": 6})
+        with client(model_server, concurrency=concurrency) as server:
             began = time.monotonic()
             outcomes = server.ask("completions", [{"prompt": "x", "max_tokens": 1}] * 6)
             assert not any(isinstance(outcome, ServerFailed) for outcome in outcomes)
@@ -230,25 +214,27 @@ CASE = ("Who wrote it?", ["Jane Austen", "Austen"], "J. Austen")
         (["yes", "CORRECT!", '{"verdict": "correct"}'], None),
     ],
 )
-def test_verdicts_are_one_word_or_asked_again(own: str, said: list[str | None], verdict: float | None) -> None:
-    plan(own, *map(reply, said))
-    with client(own) as server:
+def test_verdicts_are_one_word_or_asked_again(model_server: str, said: list[str | None], verdict: float | None) -> None:
+    plan(model_server, *map(reply, said))
+    with client(model_server) as server:
         judge = Judge(server)
         assert judge([CASE]) == [verdict]
     assert judge.failures == (verdict is None)
-    sent = seen(own)
+    sent = seen(model_server)
     assert len({request["seed"] for request in sent}) == len(sent) == len(said)
     assert {request["temperature"] for request in sent} == {0.0}
 
 
-def test_only_the_unclear_are_asked_again_and_the_unanswered_never(own: str) -> None:
-    plan(own, *(reply("correct" if number != 2 else "hm") | {"when": f"number {number}"} for number in range(4)))
-    with client(own) as server:
+def test_only_the_unclear_are_asked_again_and_the_unanswered_never(model_server: str) -> None:
+    plan(
+        model_server, *(reply("correct" if number != 2 else "hm") | {"when": f"number {number}"} for number in range(4))
+    )
+    with client(model_server) as server:
         judge = Judge(server, attempts=1)
         cases = [("Which?", ["x"], f"number {number}" if number < 4 else None) for number in range(5)]
         assert judge([*cases, ("Which?", ["x"], " ")]) == [1.0, 1.0, None, 1.0, 0.0, 0.0]
     assert judge.failures == 1
-    assert len(seen(own)) == 4
+    assert len(seen(model_server)) == 4
 
 
 INJECTIONS = [
@@ -262,11 +248,11 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("prediction", INJECTIONS, ids=range(len(INJECTIONS)))
-def test_a_prediction_reaches_the_judge_as_one_json_string(own: str, prediction: str) -> None:
-    plan(own, reply("incorrect"))
-    with client(own) as server:
+def test_a_prediction_reaches_the_judge_as_one_json_string(model_server: str, prediction: str) -> None:
+    plan(model_server, reply("incorrect"))
+    with client(model_server) as server:
         assert Judge(server)([("Where?", ["Rome"], prediction)]) == [0.0]
-    ((system, asked),) = (request["messages"] for request in seen(own))
+    ((system, asked),) = (request["messages"] for request in seen(model_server))
     assert system == {"role": "system", "content": INSTRUCTION}
     assert asked["role"] == "user"
     shown = neutralise(prediction[:LONGEST])
@@ -276,13 +262,13 @@ def test_a_prediction_reaches_the_judge_as_one_json_string(own: str, prediction:
     assert "[INST]" not in asked["content"]
 
 
-def test_a_judge_that_is_away_gives_no_verdict(own: str, caplog: pytest.LogCaptureFixture) -> None:
-    plan(own, {"status": 503, "times": 9})
-    with client(own, attempts=2) as server, caplog.at_level(logging.WARNING):
+def test_a_judge_that_is_away_gives_no_verdict(model_server: str, caplog: pytest.LogCaptureFixture) -> None:
+    plan(model_server, {"status": 503, "times": 9})
+    with client(model_server, attempts=2) as server, caplog.at_level(logging.WARNING):
         judge = Judge(server)
         assert judge([CASE]) == [None]
     assert judge.failures == 1
-    assert len(seen(own)) == 2
+    assert len(seen(model_server)) == 2
     assert "the judge gave no verdict" in caplog.text
 
 
@@ -295,25 +281,25 @@ LONGER = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_beliefs_are_those_of_a_local_model(own: str, folder: Path, prompt: str) -> None:
+def test_beliefs_are_those_of_a_local_model(model_server: str, taught: Path, prompt: str) -> None:
     encoder = ConversationEncoder(byte_tokenizer())
-    plan(own)
-    with client(own) as server:
+    plan(model_server)
+    with client(model_server) as server:
         beliefs = ServerScorer(server, encoder, PROMPTS[prompt]).beliefs(LONGER, [ANSWERS, ANSWERS[:1], ANSWERS])
-    local = Scorer(AutoModelForCausalLM.from_pretrained(folder).eval(), encoder, PROMPTS[prompt])
+    local = Scorer(AutoModelForCausalLM.from_pretrained(taught).eval(), encoder, PROMPTS[prompt])
     for conversation, mine, answers in zip(LONGER, beliefs, [ANSWERS, ANSWERS[:1], ANSWERS], strict=True):
         assert mine == pytest.approx(local.reference_beliefs(conversation, answers)[-1], abs=1e-4)
     assert len({round(belief, 2) for own in beliefs for belief in own}) > 4
-    assert len(seen(own)) == 9
+    assert len(seen(model_server)) == 9
 
 
-def test_a_request_that_fails_leaves_its_belief_open(own: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_that_fails_leaves_its_belief_open(model_server: str, caplog: pytest.LogCaptureFixture) -> None:
     encoder = ConversationEncoder(byte_tokenizer())
     too_long = {"status": 400, "body": {"error": {"code": "context_length_exceeded"}}}
-    with client(own, concurrency=1, attempts=1) as server, caplog.at_level(logging.WARNING):
+    with client(model_server, concurrency=1, attempts=1) as server, caplog.at_level(logging.WARNING):
         scorer = ServerScorer(server, encoder, PROMPTS["tinywiki"])
         for fault in (too_long, {"status": 500}):
-            plan(own, fault)
+            plan(model_server, fault)
             ((first, second),) = scorer.beliefs([TAGS], [ANSWERS[:2]])
             assert math.isnan(first)
             assert math.isfinite(second)
@@ -330,7 +316,7 @@ def test_a_request_that_fails_leaves_its_belief_open(own: str, caplog: pytest.Lo
         (400, {"detail": "prompt must be a string."}, "must be a string.*vLLM"),
     ],
 )
-def test_a_server_that_cannot_score_is_named(own: str, status: int, body: Any, message: str) -> None:
-    plan(own, {"status": status, "body": body, "times": 2})
-    with client(own) as server, pytest.raises(ServerFailed, match=message):
+def test_a_server_that_cannot_score_is_named(model_server: str, status: int, body: Any, message: str) -> None:
+    plan(model_server, {"status": status, "body": body, "times": 2})
+    with client(model_server) as server, pytest.raises(ServerFailed, match=message):
         ServerScorer(server, ConversationEncoder(byte_tokenizer()), PROMPTS["tinywiki"]).beliefs([TAGS], [["a"]])
