@@ -20,10 +20,11 @@ ALIAS_POLICIES = ("first", "max", "mean", "logsumexp")
 def combine_aliases(beliefs: Sequence[float], policy: str) -> float:
     """One belief from those in several accepted answers (nats).
 
-    first: the first answer's (as the IGPO release). max, mean: as they say. logsumexp: of all of them. A belief that
-    is not finite makes the whole not a number. Raises ValueError for another policy.
+    first: the first answer's (as the IGPO release). max, mean: as they say. logsumexp: of all of them. No belief,
+    or one that is not finite, makes the whole not a number. Raises ValueError for another policy.
     """
-    if policy in ALIAS_POLICIES and not all(map(math.isfinite, beliefs[:1] if policy == "first" else beliefs)):
+    counted = beliefs[:1] if policy == "first" else beliefs
+    if policy in ALIAS_POLICIES and not (counted and all(map(math.isfinite, counted))):
         return math.nan  # max() would hide it
     if policy == "first":
         return beliefs[0]
@@ -52,8 +53,10 @@ def information_gains(beliefs: Sequence[float], *, log: bool) -> list[float]:
 def with_belief(episode: Trajectory, belief: Sequence[float], *, log: bool = True) -> Trajectory:
     """The episode with its belief, and with the gains as the channel `info_gain` of the turns that have one."""
     gains = information_gains(belief, log=log)
-    gained = [
-        replace(turn, rewards={**turn.rewards, "info_gain": gain})
-        for turn, gain in zip(episode.turns, gains, strict=False)
-    ]
-    return replace(episode, belief=tuple(belief), turns=(*gained, *episode.turns[len(gains) :]))
+    turns = []
+    for number, turn in enumerate(episode.turns):
+        rewards = {name: value for name, value in turn.rewards.items() if name != "info_gain"}
+        if number < len(gains):
+            rewards["info_gain"] = gains[number]
+        turns.append(replace(turn, rewards=rewards))
+    return replace(episode, belief=tuple(belief), turns=tuple(turns))

@@ -22,7 +22,8 @@ class Prompt:
     answer_prefix, answer_suffix: what is put around the gold answer when its likelihood is read
     (IGPO, arXiv 2510.14967, §3); only the answer between them is scored.
 
-    Raises ValueError for a grammar that does not exist and for a text without its place to fill in.
+    Braces that are meant as such are doubled. Raises ValueError for a grammar that does not exist and for a text
+    without its place to fill in, or with others.
     """
 
     grammar: str = "tags"
@@ -41,6 +42,14 @@ class Prompt:
         for name, field in (("question", "{question}"), ("passage", "{text}"), ("reply", "{passages}")):
             if field not in getattr(self, name):
                 raise ValueError(f"the prompt's {name} has no {field} to fill in")
+        try:
+            self.opening("?", 1)
+            self.render_shown(self.shown([Passage("1", "title", "text")]))
+            self.render_malformed("fault")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"a text of the prompt cannot be filled in ({error!r}); write {{{{ and }}}} for braces"
+            ) from error
 
     def opening(self, question: str, max_turns: int) -> tuple[Message, ...]:
         """The messages that an episode begins with."""

@@ -44,9 +44,14 @@ def from_json(row: dict[str, Any]) -> Trajectory:
 def _line(episode: Trajectory) -> bytes:
     row = to_json(episode)
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(row, ensure_ascii=False, default=_number).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and UTF-8 cannot
-        return json.dumps(row).encode() + b"\n"
+        return json.dumps(row, default=_number).encode() + b"\n"
+
+
+def _number(value: Any) -> Any:
+    """A number of NumPy's as one of Python's."""
+    return value.item()
 
 
 def write_episodes(path: Path, episodes: Iterable[Trajectory]) -> None:
@@ -74,6 +79,10 @@ def _read(path: Path, lines: Iterable[bytes]) -> list[Trajectory]:
     return episodes
 
 
+_BEGINNING = b'{"question": {"id": '
+"""Of every line of an episode."""
+
+
 class EpisodeLog:
     """A file that episodes are added to as they end, a line each; what was in it when it was opened is in `done`.
 
@@ -86,7 +95,7 @@ class EpisodeLog:
         if path.exists():
             content = path.read_bytes()
             whole = content.rfind(b"\n") + 1
-            if not b'{"question": '.startswith(content[whole : whole + 13]):
+            if not _BEGINNING.startswith(content[whole : whole + len(_BEGINNING)]):
                 raise CorpusError(f"{path} ends with something that is no episode; give another file")
             self.done = _read(path, content[:whole].splitlines())
             os.truncate(path, whole)
@@ -105,6 +114,7 @@ class EpisodeLog:
 def write_whole(path: Path, content: bytes) -> None:
     """A file that appears only when it is whole, and then outlives a loss of power."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("wb") as out:
         out.write(content)
         out.flush()

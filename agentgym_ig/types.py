@@ -39,8 +39,12 @@ class Question:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError(f"question {self.id!r} has no text")
-        if not any(answer.strip() for answer in self.answers):
-            raise ValueError(f"question {self.id!r} has no answer; give at least one non-empty string")
+        given: object = self.answers
+        if isinstance(given, str):
+            raise TypeError(f"the answers of question {self.id!r} are one string; give a tuple of them")
+        if not self.answers or not all(answer.strip() for answer in self.answers):
+            found = "an empty answer" if self.answers else "no answer"
+            raise ValueError(f"question {self.id!r} has {found}; give at least one string, and no empty ones")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +152,9 @@ class Trajectory:
     def conversation(self) -> Conversation:
         """The whole episode as the policy saw it, its own words included."""
         messages = list(self.opening)
-        for turn in self.turns:
+        for number, turn in enumerate(self.turns, 1):
             messages.append(Message("assistant", turn.action.text, turn.action.token_ids or None))
-            if turn.observation:
+            if turn.observation or number < len(self.turns):
                 messages.append(Message("tool", turn.observation))
         return Conversation(tuple(messages), self.seed, self.grammar)
 

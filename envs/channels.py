@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from agentgym_ig.answers import METRICS, normalise_squad, score
 from agentgym_ig.envs.episode import Episode
@@ -23,9 +23,15 @@ from agentgym_ig.indexes.base import StoredIndex
 
 
 class Channel:
-    """One named reward stream. A subclass sets `name` and gives `value`, or `values` if it can do many at once."""
+    """One named reward stream. A subclass sets `name` and gives `value`, or `values` if it can do many at once.
+
+    What it wants to remember of an episode it keeps in `episode.memory[self.name]`.
+    """
 
     name: str
+    about: Literal["action", "reply", "end"] = "action"
+    """What a value is about. If the last reply never reaches the policy (`Stop.CONTEXT_FULL`), values about the reply
+    are taken back, and those about the end are read then."""
 
     def attach(self, env: SearchEnv | SearchVectorEnv) -> None:
         """Called once with the environment, before anything else; raise here if the channel cannot work with it."""
@@ -49,6 +55,8 @@ class Outcome(Channel):
     name `outcome` when `Rules.weights` does not name that.
     """
 
+    about = "end"
+
     def __init__(self, metric: str, *, name: str | None = None) -> None:
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
@@ -68,6 +76,8 @@ Judge = Callable[[Sequence[tuple[str, Sequence[str], str | None]]], Sequence[flo
 
 class Judged(Channel):
     """A judge's verdict on the answer, on the last turn; an episode without a verdict has failed."""
+
+    about = "end"
 
     def __init__(self, judge: Judge, *, name: str = "judge") -> None:
         self.judge, self.name = judge, name
@@ -125,6 +135,7 @@ class Evidence(Channel):
     """
 
     name = "evidence"
+    about = "reply"
 
     def attach(self, env: SearchEnv | SearchVectorEnv) -> None:
         """See `Channel.attach`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from agentgym_ig.answers import METRICS, score
+from agentgym_ig.errors import SearchFailed
 from agentgym_ig.grammar import GRAMMARS, Answer, Malformed, Parsed, Search
 from agentgym_ig.prompts import PROMPTS, Prompt
 from agentgym_ig.types import Action, Conversation, Hit, Message, Question, Stop
@@ -45,10 +48,10 @@ class Rules:
         if self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}; choose one of {', '.join(METRICS)}")
         budgets = ("max_turns", "top_k", "max_searches", "max_observation")
-        small = [f"{name}={getattr(self, name)}" for name in budgets if (getattr(self, name) or 1) < 1]
-        small += [f"{name}=0" for name in budgets if getattr(self, name) == 0]
-        if small:
-            raise ValueError(f"{', '.join(small)} must be 1 or more")
+        given = {name: getattr(self, name) for name in budgets}
+        for name, value in given.items():
+            if not (isinstance(value, int) and value >= 1) and not (value is None and name in budgets[2:]):
+                raise ValueError(f"{name}={value} must be a whole number, 1 or more")
         if not set(self.weights) <= {"outcome", "format"}:
             raise ValueError(f"weights are for {sorted(self.weights)}, wanted some of ['format', 'outcome']")
 
@@ -78,7 +81,8 @@ class Episode:
     conversation: all that the policy has seen and written.
     turn: how many actions there were; said, action: the text of the last one, and how it was understood.
     queries, retrieved: for every turn what was searched, and the ids of the passages shown.
-    stop: why it ended, or None; answer: the final answer, or None; error: what failed, if a channel did.
+    stop: why it ended, or None; answer: the final answer, or None; error: what failed, if a search or a channel did.
+    memory: what channels note down, by their names.
     """
 
     def __init__(self, question: Question, rules: Rules, seed: int = 0, count_tokens: CountTokens = words) -> None:
@@ -93,7 +97,9 @@ class Episode:
         self.stop: Stop | None = None
         self.answer: str | None = None
         self.error: str | None = None
+        self.memory: dict[str, Any] = {}
         self._shown = 0
+        self._before = self.conversation
 
     @property
     def prompt(self) -> str:
@@ -102,6 +108,7 @@ class Episode:
 
     def ask(self, action: str | Action) -> tuple[str, ...]:
         """Read an action; return the queries that its turn needs (none, when it does not search or may not)."""
+        self._before = self.conversation
         said = action if isinstance(action, Action) else Action(action)
         self.said, self.action = said.text, GRAMMARS[self.conversation.grammar].parse(said.text)
         self.conversation = self.conversation.plus(Message("assistant", said.text, said.token_ids or None))
@@ -111,6 +118,13 @@ class Episode:
         self.retrieved.append(())
         return self.queries[-1]
 
+    def unask(self) -> None:
+        """Take an action back whose turn could not be closed."""
+        self.conversation = self._before
+        self.turn -= 1
+        self.queries.pop()
+        self.retrieved.pop()
+
     def _over_budget(self) -> Stop | None:
         if self.turn >= self.rules.max_turns:
             return Stop.MAX_TURNS
@@ -119,12 +133,13 @@ class Episode:
             return Stop.MAX_SEARCHES if wanted > self.rules.max_searches else None
         return None
 
-    def reply(self, found: Sequence[Sequence[Hit]] | None) -> Reply:
-        """Close the turn. `found` holds the hits of each query of `ask`, or None when the search failed."""
+    def reply(self, found: Sequence[Sequence[Hit]] | SearchFailed) -> Reply:
+        """Close the turn. `found` holds the hits of each query of `ask`, or why the search failed."""
         if isinstance(self.action, Answer):
             self.answer = self.action.text
             return self._end(Stop.ANSWERED)
-        if found is None:
+        if isinstance(found, SearchFailed):
+            self.error = str(found)
             return self._end(Stop.SEARCH_FAILED)
         over = self._over_budget()
         if over is not None:
@@ -132,10 +147,12 @@ class Episode:
         texts = self.rules.texts
         if isinstance(self.action, Malformed):
             return self._go_on(texts.render_malformed(self.action.fault), ())
-        passages = list({hit.passage.id: hit.passage for hits in found for hit in hits}.values())
+        hits = [hit for own in found for hit in own[: self.rules.top_k]]
+        passages = list({hit.passage.id: hit.passage for hit in hits}.values())
         shown = texts.shown(passages)
-        while len(shown) > 1 and not self._fits(texts.render_shown(shown)):
-            shown.pop()
+        if not self._fits(texts.render_shown(shown)):
+            some = range(1, len(shown))
+            shown = shown[: max(bisect(some, False, key=lambda n: not self._fits(texts.render_shown(shown[:n]))), 1)]
         return self._go_on(texts.render_shown(shown), tuple(passage.id for passage in passages[: len(shown)]))
 
     def _fits(self, observation: str) -> bool:
@@ -164,8 +181,13 @@ class Episode:
         return rewards
 
     def abandon(self) -> dict[str, float]:
-        """End an episode whose policy cannot go on; returns what belongs to the rewards of its last turn."""
+        """End an episode whose policy cannot read the last reply: it is as if that had not come.
+
+        Returns what now belongs to the rewards of the last turn.
+        """
         self.stop = Stop.CONTEXT_FULL
+        self.conversation = replace(self.conversation, messages=self.conversation.messages[:-1])
+        self.retrieved[-1] = ()
         return {name: value for name, value in self._rewards().items() if name == "outcome"}
 
     def fail(self, error: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from agentgym_ig.envs.episode import Episode
 from agentgym_ig.envs.search import SearchVectorEnv, VectorStep
-from agentgym_ig.envs.wrappers import VectorChannelWrapper
+from agentgym_ig.envs.wrappers import VectorChannelWrapper, channels_of, read_channel
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.policies import Policy
 from agentgym_ig.records import EpisodeLog
@@ -34,7 +34,10 @@ class Start:
 
 
 def prompts_of(env: VectorSearch) -> dict[str, Question]:
-    """The environment's first user message for each of its questions, for policies that act by question."""
+    """The environment's first user message for each of its questions, for policies that act by question.
+
+    Of questions with equal texts it is the last.
+    """
     search = _base(env)
     texts, turns = search.rules.texts, search.rules.max_turns
     return {texts.opening(own.text, turns)[-1].text: own for own in search.questions.values()}
@@ -73,12 +76,15 @@ def rollout(
     if lanes < 1:
         raise ValueError(f"lanes={lanes} must be 1 or more")
     starts = [_start(own, number, seed) for number, own in enumerate(questions)]
+    known = _base(env).questions
+    if strange := [start.question for start in starts if start.question not in known]:
+        raise ValueError(f"no question {strange[0]!r} among {len(known)}; ids look like: {', '.join(list(known)[:3])}")
     with ExitStack() as stack:
         log = EpisodeLog(out) if out else None
         if log:
             stack.callback(log.close)
         pool = stack.enter_context(ThreadPoolExecutor(lanes)) if lanes > 1 else None
-        game = _Rollout(env, policy, starts, _done(log, starts), log)
+        game = _Rollout(env, policy, starts, _done(log, starts, _base(env)), log)
         report = stack.enter_context(_bar(len(starts))) if progress is True else progress or (lambda done: None)
         game.play([list(range(lane, env.num_envs, lanes)) for lane in range(lanes)], pool, report)
     return [game.done[number] for number in range(len(starts))]
@@ -90,7 +96,7 @@ def _start(own: Start | Question | str, number: int, seed: int) -> Start:
     return Start(own if isinstance(own, str) else own.id, number, seed + number)
 
 
-def _done(log: EpisodeLog | None, starts: Sequence[Start]) -> dict[int, Trajectory]:
+def _done(log: EpisodeLog | None, starts: Sequence[Start], search: SearchVectorEnv) -> dict[int, Trajectory]:
     """Number of the start → its episode, for those that the log holds already."""
     numbers: dict[Start, deque[int]] = {}
     for number, start in enumerate(starts):
@@ -98,11 +104,12 @@ def _done(log: EpisodeLog | None, starts: Sequence[Start]) -> dict[int, Trajecto
     done: dict[int, Trajectory] = {}
     for episode in log.done if log else ():
         waiting = numbers.get(Start(episode.question.id, episode.group, episode.seed))
+        which = f"the file holds an episode of {episode.question.id!r} (group {episode.group}, seed {episode.seed})"
         if not waiting:
-            raise CorpusError(
-                f"the file holds an episode of {episode.question.id!r} (group {episode.group}, seed {episode.seed})"
-                " that is not asked for now; give another file"
-            )
+            raise CorpusError(f"{which} that is not asked for now, or not as often; give another file")
+        now = search.rules.texts.opening(search.questions[episode.question.id].text, search.rules.max_turns)
+        if episode.question != search.questions[episode.question.id] or episode.opening != now:
+            raise CorpusError(f"{which} whose question or prompt was another; give another file")
         done[waiting.popleft()] = episode
     return done
 
@@ -207,8 +214,14 @@ class _Rollout:
                 f"question {episode.question.id!r} alone does not fit the policy; give it a longer context, or lower"
                 " its max_new_tokens"
             )
-        rewards = {name: value for name, value in turns[-1].rewards.items() if name != "info_gain"}
-        turns[-1] = replace(turns[-1], observation="", retrieved=(), rewards=rewards | episode.abandon())
+        own = episode.abandon()
+        channels = channels_of(self.env)
+        gone = {channel.name for channel in channels if channel.about == "reply"}
+        rewards = {name: value for name, value in turns[-1].rewards.items() if name not in gone} | own
+        for channel in channels:
+            if channel.about == "end" and (value := read_channel(channel, [episode])[0]) is not None:
+                rewards[channel.name] = value
+        turns[-1] = replace(turns[-1], observation="", retrieved=(), rewards=rewards)
         self._finish(place)
 
     def _record(self, actions: Mapping[int, Action], stepped: VectorStep) -> None:

@@ -36,6 +36,17 @@ def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
     return by_id
 
 
+def _check_options(options: Mapping[str, Any] | None, known: set[str]) -> None:
+    if strange := set(options or ()) - known:
+        raise ValueError(f"unknown reset options {sorted(strange)}; this form takes {sorted(known)}")
+
+
+def note_error(infos: dict[str, Any], place: int, error: str, num_envs: int) -> None:
+    """Say in the infos of a vector environment what failed in a place."""
+    infos.setdefault("error", np.full(num_envs, None, object))[place] = error
+    infos.setdefault("_error", np.zeros(num_envs, bool))[place] = True
+
+
 class _Questions:
     """What may be asked, and how a place's next question is drawn."""
 
@@ -100,6 +111,7 @@ class SearchEnv(gymnasium.Env[str, str]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode. Raises ValueError for a question id that does not exist."""
         super().reset(seed=seed)
+        _check_options(options, {"question"})
         self.episode = self._questions.begin(self.np_random, seed, (options or {}).get("question"))
         return self.episode.prompt, {"question": self.episode.question.id}
 
@@ -115,6 +127,8 @@ class SearchEnv(gymnasium.Env[str, str]):
             "stop": reply.stop,
             "question": self.episode.question.id,
         }
+        if self.episode.error is not None:
+            info["error"] = self.episode.error
         terminated = reply.stop is Stop.ANSWERED
         truncated = reply.stop is not None and not terminated
         return reply.observation, weighted(reply.rewards, self.rules.weights), terminated, truncated, info
@@ -174,20 +188,22 @@ class SearchVectorEnv(gymnasium.vector.VectorEnv[tuple[str, ...], tuple[str, ...
         return np.array([episode is not None and episode.stop is None for episode in self.episodes], bool)
 
     def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Start N episodes, or those of `reset_mask`; the observations of the others are empty.
 
         Raises ValueError for unknown question ids, and for more of them, or other numbers of seeds, than places.
         """
         options = options or {}
+        _check_options(options, {"questions", "reset_mask"})
         places = np.flatnonzero(self._mask(options.get("reset_mask"))).tolist()
-        asked: Sequence[str | None] | None = options.get("questions")
-        if asked is not None and len(asked) > len(places):
+        given = options.get("questions")
+        asked: list[str | None] = [None] * len(places) if given is None else list(given)
+        if len(asked) > len(places):
             raise ValueError(f"{len(asked)} questions for {len(places)} places; reset with fewer at a time")
-        seeds = self._seeds(seed, places if asked is None else places[: len(asked)])
+        seeds = self._seeds(seed, places[: len(asked)])
         begun: dict[int, Episode] = {}
-        for place, own, name in zip(places, seeds, asked or [None] * len(seeds), strict=False):
+        for place, own, name in zip(places, seeds, asked, strict=False):
             if own is not None:
                 self._generators[place] = np_random(own)[0]
             begun[place] = self._questions.begin(self._generators[place], own, name)
@@ -200,16 +216,19 @@ class SearchVectorEnv(gymnasium.vector.VectorEnv[tuple[str, ...], tuple[str, ...
     def _mask(self, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
         if mask is None:
             return np.ones(self.num_envs, bool)
+        mask = np.asarray(mask)
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
             raise ValueError(f"reset_mask is {mask.dtype} {mask.shape}, wanted bool ({self.num_envs},)")
         return mask
 
-    def _seeds(self, seed: int | list[int | None] | None, places: Sequence[int]) -> list[int | None]:
-        if isinstance(seed, list):
-            if len(seed) < len(places):
-                raise ValueError(f"{len(seed)} seeds for {len(places)} episodes; give one each")
-            return seed[: len(places)]
-        return [None if seed is None else seed + place for place in places]
+    def _seeds(self, seed: int | Sequence[int | None] | None, places: Sequence[int]) -> list[int | None]:
+        if seed is None:
+            return [None] * len(places)
+        if isinstance(seed, int | np.integer):
+            return [int(seed) + place for place in places]
+        if len(seed) < len(places):
+            raise ValueError(f"{len(seed)} seeds for {len(places)} episodes; give one each")
+        return [None if own is None else int(own) for own in seed[: len(places)]]
 
     def step(self, actions: Sequence[str | Action | None]) -> VectorStep:
         """Take one turn in every episode that is still going on and has an action.
@@ -253,6 +272,10 @@ class SearchVectorEnv(gymnasium.vector.VectorEnv[tuple[str, ...], tuple[str, ...
         for name in ("queries", "retrieved", "stop"):
             infos[name] = self._column({place: getattr(reply, name) for place, reply in by_place.items()})
             infos[f"_{name}"] = stepped
+        for place in places:
+            episode = self.episodes[place]
+            if episode is not None and episode.error is not None:
+                note_error(infos, place, episode.error, self.num_envs)
         return observations, rewards, terminated, truncated, infos
 
     def _channels(self, replies: Mapping[int, Reply]) -> dict[str, NDArray[Any]]:

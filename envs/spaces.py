@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gymnasium import spaces
+from gymnasium.error import CustomSpaceError
+from gymnasium.vector.utils import create_shared_memory
 
 
 class Prose(spaces.Text):
@@ -35,3 +37,9 @@ class Prose(spaces.Text):
         return isinstance(other, Prose) and self.max_length == other.max_length
 
     __hash__ = None  # type: ignore[assignment]  # as Gymnasium's own spaces: equal by value, mutable generator
+
+
+@create_shared_memory.register(Prose)
+def _no_shared_memory(space: Prose, n: int = 1, ctx: Any = None) -> Any:
+    """Gymnasium would keep texts as indices into a fixed set of characters, and fail at the first that is not in it."""
+    raise CustomSpaceError("texts of any script and length have no place in shared memory; give shared_memory=False")

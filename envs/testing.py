@@ -70,13 +70,15 @@ class EnvContract:
     def test_equal_seeds_give_equal_episodes(self) -> None:
         one, two = self.make(), self.make()
         for seed, script in zip(SEEDS, _scripts(self._base(one)), strict=False):
-            assert one.reset(seed=seed) == two.reset(seed=seed)
+            assert one.reset(seed=seed)[0] == two.reset(seed=seed)[0]
             for action in script:
                 left, right = one.step(action), two.step(action)
-                assert left == right
+                assert left[:4] == right[:4]
+                for name in ("rewards", "queries", "retrieved", "stop", "question"):
+                    assert left[4][name] == right[4][name]
                 if left[2] or left[3]:
                     break
-        assert one.reset() == two.reset(), "what follows the last seed is drawn from it too"
+        assert one.reset()[0] == two.reset()[0], "what follows the last seed is drawn from it too"
 
     def test_every_question_can_be_named(self) -> None:
         env = self.make()
@@ -207,6 +209,8 @@ class VectorEnvContract:
         one.reset(seed=3)
         two.reset(seed=3)
         for actions in zip(self._scripts()[0][:2], self._scripts()[3][:2], strict=True):
+            if not one.unwrapped.active.any():  # type: ignore[attr-defined]
+                break
             self._equal(one.step(actions), asyncio.run(two.astep(actions)))  # type: ignore[attr-defined]
 
     def _equal(self, left: Sequence[Any], right: Sequence[Any]) -> None:

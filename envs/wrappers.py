@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, overload
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.wrappers import Autoreset, TimeLimit
 from numpy.typing import NDArray
 
 from agentgym_ig.envs.channels import Channel, failed_reading
 from agentgym_ig.envs.episode import Episode
-from agentgym_ig.envs.search import SearchEnv, SearchVectorEnv, VectorStep
+from agentgym_ig.envs.search import SearchEnv, SearchVectorEnv, VectorStep, note_error
 from agentgym_ig.types import Action
 
 Weight = float | Callable[[], float]
@@ -24,37 +26,65 @@ def _now(weight: Weight) -> float:
     return weight() if callable(weight) else weight
 
 
-def _read(channel: Channel, episodes: Sequence[Episode]) -> list[float | None]:
-    """The channel's values; an episode whose value is not finite is ended as failed, alone, and has none."""
+def read_channel(channel: Channel, episodes: Sequence[Episode]) -> list[float | None]:
+    """The channel's values for episodes that have just taken a turn.
+
+    An episode whose value is not finite is ended as failed, alone, and has none.
+    """
     reading = [episode for episode in episodes if episode.stop is None or not episode.stop.failed]
-    given = list(channel.values(reading)) if reading else []
+    given: list[Any] = list(channel.values(reading)) if reading else []  # it may be anything
     if len(given) != len(reading):
         raise ValueError(f"channel {channel.name!r} gave {len(given)} values for {len(reading)} episodes")
+    values: dict[Episode, float] = {}
     for episode, value in zip(reading, given, strict=True):
-        if value is not None and not math.isfinite(value):
+        if value is None:
+            continue
+        if isinstance(value, Real) and math.isfinite(value):
+            values[episode] = float(value)
+        else:
             episode.fail(failed_reading(channel, episode, value))
-    values = {id(episode): value for episode, value in zip(reading, given, strict=True) if episode.error is None}
-    return [values.get(id(episode)) for episode in episodes]
+    return [values.get(episode) for episode in episodes]
+
+
+def channels_of(env: Any) -> list[Channel]:
+    """The channels around an environment, from the outermost in."""
+    found: list[Channel] = []
+    while env is not env.unwrapped:
+        if isinstance(env, ChannelWrapper | VectorChannelWrapper):
+            found.append(env.channel)
+        env = env.env
+    return found
 
 
 def _attach(channel: Channel, env: Any, kind: type[SearchEnv] | type[SearchVectorEnv]) -> None:
     inner, search = env, env.unwrapped
     if not isinstance(search, kind):
         raise TypeError(f"a channel goes around a {kind.__name__}, not a {type(search).__name__}")
-    taken = set(search.rules.weights)
     while inner is not search:
-        if isinstance(inner, ChannelWrapper | VectorChannelWrapper):
-            taken.add(inner.channel.name)
+        if isinstance(inner, TimeLimit | Autoreset):
+            raise TypeError(
+                f"{type(inner).__name__} hides where an episode ends from a channel around it; put it outermost"
+                " (and see Rules.max_turns)"
+            )
         inner = inner.env
-    if channel.name in taken:
+    if not getattr(channel, "name", ""):
+        raise ValueError(f"{type(channel).__name__} has no name; set the attribute `name`")
+    if channel.name in {*search.rules.weights, *(other.name for other in channels_of(env))}:
         raise ValueError(f"there is a channel {channel.name!r} already; give one of the two another name")
     channel.attach(search)
+
+
+def _inner(wrapper: Any, name: str) -> Any:
+    if name.startswith("_") or "env" not in vars(wrapper):  # nothing is inside yet while a copy is being made
+        raise AttributeError(f"{type(wrapper).__name__} has no attribute {name!r}")
+    return getattr(wrapper.env, name)
 
 
 class ChannelWrapper(gymnasium.Wrapper[str, str, str, str]):
     """A channel around a `SearchEnv`, or around one that has others already.
 
-    Raises TypeError around any other environment and ValueError for a second channel of the same name. A value that
+    Raises TypeError around any other environment, and around a `TimeLimit` or `Autoreset`, and ValueError for a channel
+    without a name or with one that is taken. A value that
     is not finite truncates the episode: `info["stop"]` is `scoring_failed` and `info["error"]` says what to mend.
     """
 
@@ -62,6 +92,10 @@ class ChannelWrapper(gymnasium.Wrapper[str, str, str, str]):
         super().__init__(env)
         _attach(channel, env, SearchEnv)
         self.channel, self.weight = channel, weight
+
+    def __getattr__(self, name: str) -> Any:
+        """What the environment inside has beyond Gymnasium's own: `questions`, `rules`, `index`, `episode`."""
+        return _inner(self, name)
 
     def _episode(self) -> Episode:
         assert isinstance(self.unwrapped, SearchEnv)
@@ -78,7 +112,7 @@ class ChannelWrapper(gymnasium.Wrapper[str, str, str, str]):
         """Step, and add the channel's value."""
         observation, reward, terminated, truncated, info = self.env.step(action)  # type: ignore[arg-type]
         episode = self._episode()
-        (value,) = _read(self.channel, [episode])
+        (value,) = read_channel(self.channel, [episode])
         if value is not None:
             info["rewards"][self.channel.name] = value
             reward = float(reward) + _now(self.weight) * value
@@ -101,13 +135,17 @@ class VectorChannelWrapper(
         _attach(channel, env, SearchVectorEnv)
         self.channel, self.weight = channel, weight
 
+    def __getattr__(self, name: str) -> Any:
+        """What the environment inside has beyond Gymnasium's own: `questions`, `rules`, `episodes`, `active`."""
+        return _inner(self, name)
+
     def _episodes(self, which: NDArray[np.bool_]) -> dict[int, Episode]:
         assert isinstance(self.unwrapped, SearchVectorEnv)
         episodes = self.unwrapped.episodes
         return {place: own for place in np.flatnonzero(which).tolist() if (own := episodes[place]) is not None}
 
     def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Reset, and let the channel see the episodes that began."""
         observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
@@ -122,13 +160,18 @@ class VectorChannelWrapper(
 
     async def astep(self, actions: Any) -> VectorStep:
         """`step` that does not block the event loop while the index searches."""
-        return self._add(await self.env.astep(actions))  # type: ignore[attr-defined]  # all it can go around have it
+        inner = getattr(self.env, "astep", None)
+        if inner is None:
+            raise TypeError(
+                f"{type(self.env).__name__} inside has no astep; put it outside of the channels, or use step"
+            )
+        return self._add(await inner(actions))
 
     def _add(self, stepped: VectorStep) -> VectorStep:
         observations, rewards, terminated, truncated, infos = stepped
         episodes = self._episodes(infos["_stop"])
         values, present = np.zeros(len(rewards)), np.zeros(len(rewards), bool)
-        for place, value in zip(episodes, _read(self.channel, list(episodes.values())), strict=True):
+        for place, value in zip(episodes, read_channel(self.channel, list(episodes.values())), strict=True):
             if value is not None:
                 values[place], present[place] = value, True
         infos["rewards"] |= {self.channel.name: values, f"_{self.channel.name}": present}
@@ -136,12 +179,9 @@ class VectorChannelWrapper(
             if episode.error is not None:
                 terminated[place], truncated[place] = False, True
                 infos["stop"][place] = episode.stop
-                self._note(infos, place, episode.error)
-        return observations, rewards + _now(self.weight) * values, terminated, truncated, infos
-
-    def _note(self, infos: dict[str, Any], place: int, error: str) -> None:
-        infos.setdefault("error", np.full(self.num_envs, None, object))[place] = error
-        infos.setdefault("_error", np.zeros(self.num_envs, bool))[place] = True
+                note_error(infos, place, episode.error, self.num_envs)
+        paid = np.where(present, _now(self.weight) * values, 0.0)
+        return observations, rewards + paid, terminated, truncated, infos
 
 
 @overload

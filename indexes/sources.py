@@ -212,7 +212,7 @@ def read_questions(path: Path) -> list[Question]:
                 Question(
                     id=str(row["id"]),
                     text=str(row["question"]),
-                    answers=tuple(str(answer) for answer in answers),
+                    answers=tuple(text for answer in answers if (text := str(answer)).strip()),
                     dataset=str(row.get("dataset", path.name.partition(".")[0])),
                     supporting=tuple(str(passage) for passage in row.get("supporting", ())),
                 )

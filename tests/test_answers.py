@@ -55,11 +55,27 @@ def test_nothing_is_worth_nothing() -> None:
 
 
 def test_what_normalises_to_nothing_is_scored_as_the_official_scorers_do() -> None:
-    assert [score(metric, ")", [")"]) for metric in METRICS] == [1.0, 1.0, 1.0, 0.0]
-    assert [score(metric, "the", ["an"]) for metric in METRICS] == [1.0, 1.0, 0.0, 0.0]
-    assert [score(metric, "the", ["an apple"]) for metric in METRICS] == [0.0] * 4
+    def scores(prediction: str, answer: str) -> dict[str, float]:
+        return {metric: score(metric, prediction, [answer]) for metric in METRICS}
+
+    assert scores(")", ")") == {"em": 1.0, "f1": 1.0, "cover_em": 1.0, "em_igpo": 1.0, "f1_igpo": 0.0}
+    assert scores("the", "an") == {"em": 1.0, "f1": 1.0, "cover_em": 1.0, "em_igpo": 0.0, "f1_igpo": 0.0}
+    assert set(scores("the", "an apple").values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "covered"),
+    [
+        ("It was the Vistula.", "vistula", 1.0),
+        ("russia", "US", 1.0),
+        ("Vistula", "the river Vistula", 0.0),
+        ("x", "the", 0.0),
+    ],
+)
+def test_cover_em_asks_whether_the_answer_stands_inside(prediction: str, answer: str, covered: float) -> None:
+    assert score("cover_em", prediction, [answer]) == covered
 
 
 def test_unknown_metric_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match="em, f1, em_igpo, f1_igpo"):
+    with pytest.raises(ValueError, match="em, f1, cover_em, em_igpo, f1_igpo"):
         score("bleu", "a", ["a"])

@@ -278,6 +278,35 @@ def test_wrappers_forward_everything_else() -> None:
     assert (wrapped.unwrapped, wrapped.num_envs) == (vector, 2)
 
 
+@pytest.mark.parametrize("given", [[[]], [[None]], [["-1"]], [[1e9]]])
+def test_a_scorer_that_gives_something_else_is_named(given: Any) -> None:
+    env = add_channel(SearchEnv(ListIndex(), QUESTIONS, RULES), InfoGain(lambda *_: given, log=False))
+    if given == [[]]:
+        with pytest.raises(ValueError, match="gave 0 beliefs for the 1 answers of 'q1'"):
+            env.reset(options={"question": "q1"})
+        return
+    env.reset(options={"question": "q1"})
+    info = env.step("<search>Warsaw</search>")[4]
+    assert (info["stop"] is Stop.SCORING_FAILED) == (given != [["-1"]])  # a number, if in words
+
+
+def test_a_value_that_is_no_number_is_named() -> None:
+    class Wordy(SearchCost):
+        def value(self, episode: Episode) -> Any:
+            return "3"
+
+    env = add_channel(SearchEnv(ListIndex(), QUESTIONS, RULES), Wordy())
+    env.reset(seed=0)
+    assert "gave 3 for turn 1" in env.step("<search>a</search>")[4]["error"]
+
+
+def test_what_is_inside_can_be_reached_through_channels() -> None:
+    env = add_channel(add_channel(SearchVectorEnv(ListIndex(), QUESTIONS, 2, RULES), SearchCost()), Evidence())
+    assert (list(env.questions), env.rules) == (["q1", "q2"], RULES)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = env.nothing_of_the_kind
+
+
 def test_channels_that_cannot_be_added_say_why() -> None:
     env = SearchEnv(ListIndex(), QUESTIONS, RULES)
     with pytest.raises(ValueError, match="there is a channel 'format' already"):
@@ -286,6 +315,15 @@ def test_channels_that_cannot_be_added_say_why() -> None:
         add_channel(add_channel(env, Outcome("em")), Outcome("em"))
     with pytest.raises(TypeError, match="goes around a SearchEnv, not a CartPoleEnv"):
         add_channel(gymnasium.make("CartPole-v1"), SearchCost())
+
+    limited: Any = gymnasium.wrappers.TimeLimit(env, 2)
+    with pytest.raises(TypeError, match="TimeLimit hides where an episode ends"):
+        add_channel(limited, SearchCost())
+    with pytest.raises(ValueError, match="Channel has no name"):
+        add_channel(env, Channel())
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="added in the middle of an episode"):
+        add_channel(env, InfoGain(shown_words)).step("<search>a</search>")
 
     class Short(SearchCost):
         def values(self, episodes: Sequence[Episode]) -> list[float]:

@@ -1,140 +1,30 @@
-"""The environments: Gymnasium's contract, ours, budgets, and what goes wrong."""
+"""The environments: what is shown, budgets, failures, and wrong use."""
 
 import asyncio
-import json
+import copy
+import pickle
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
-from gymnasium.vector import VectorEnv
 
-from agentgym_ig import AgentGymError, Stop
+from agentgym_ig import Stop
 from agentgym_ig.envs import (
-    DATASET_IDS,
-    Evidence,
-    InfoGain,
-    Outcome,
-    RepeatQuery,
     Rules,
-    SearchCost,
     SearchEnv,
     SearchVectorEnv,
-    SelfGuide,
-    add_channel,
 )
-from agentgym_ig.envs.testing import EnvContract, VectorEnvContract
 from agentgym_ig.errors import SearchRefused
-from agentgym_ig.indexes import Bm25Index
 from agentgym_ig.prompts import PROMPTS, Prompt, with_guide
 from agentgym_ig.types import Action, Hit
-from tests.fakes import PASSAGES, QUESTIONS, BrokenIndex, ListIndex, shown_words
+from tests.fakes import PASSAGES, QUESTIONS, BrokenIndex, ListIndex
+from tests.test_contracts import wrapped
 
 RULES = Rules(max_turns=4, top_k=2, weights={"outcome": 1.0, "format": 0.25})
 TOOLS = Rules(prompt="igpo", max_turns=4, top_k=2)
-
-
-class TestTags(EnvContract):
-    def make(self) -> gymnasium.Env[str, str]:
-        return SearchEnv(ListIndex(), QUESTIONS, RULES)
-
-
-class TestTools(EnvContract):
-    def make(self) -> gymnasium.Env[str, str]:
-        return SearchEnv(ListIndex(), QUESTIONS, TOOLS)
-
-
-class TestTinyWiki(EnvContract):
-    def make(self) -> gymnasium.Env[str, str]:
-        return gymnasium.make("agentgym_ig/TinyWiki-v0", per_dataset=20)
-
-
-class TestBudgets(EnvContract):
-    def make(self) -> gymnasium.Env[str, str]:
-        return SearchEnv(ListIndex(), QUESTIONS, Rules(max_turns=4, max_searches=1, max_observation=20))
-
-
-def wrapped(env: Any) -> Any:
-    """Every channel that needs no model, and one that has a made-up one."""
-    for channel in (Outcome("cover_em"), SearchCost(), RepeatQuery(), Evidence(), SelfGuide()):
-        env = add_channel(env, channel, weight=0.5)
-    return add_channel(env, InfoGain(shown_words), weight=lambda: 0.125)
-
-
-class TestAllChannels(EnvContract):
-    def make(self) -> gymnasium.Env[str, str]:
-        made: gymnasium.Env[str, str] = wrapped(SearchEnv(ListIndex(), QUESTIONS, RULES))
-        return made
-
-
-class TestVectorTags(VectorEnvContract):
-    def make(self, num_envs: int) -> VectorEnv[Any, Any, Any]:
-        return SearchVectorEnv(ListIndex(), QUESTIONS, num_envs, RULES)
-
-    def make_single(self) -> gymnasium.Env[str, str]:
-        return SearchEnv(ListIndex(), QUESTIONS, RULES)
-
-
-class TestVectorAllChannels(VectorEnvContract):
-    def make(self, num_envs: int) -> VectorEnv[Any, Any, Any]:
-        made: VectorEnv[Any, Any, Any] = wrapped(SearchVectorEnv(ListIndex(), QUESTIONS, num_envs, TOOLS))
-        return made
-
-    def make_single(self) -> gymnasium.Env[str, str]:
-        made: gymnasium.Env[str, str] = wrapped(SearchEnv(ListIndex(), QUESTIONS, TOOLS))
-        return made
-
-
-@pytest.fixture
-def toy_index(toy: Path) -> Path:
-    Bm25Index.build(PASSAGES, toy / "index")
-    return toy / "index"
-
-
-@pytest.mark.parametrize("name", ["agentgym_ig/Search-v0", *DATASET_IDS])
-def test_every_registered_id_is_made_from_paths(name: str, toy: Path, toy_index: Path) -> None:
-    dataset = DATASET_IDS.get(name, "hotpotqa")
-    (toy / "questions" / f"{dataset}.jsonl").write_text((toy / "questions" / "hotpotqa.jsonl").read_text())
-    questions = toy / "questions" / f"{dataset}.jsonl" if name == "agentgym_ig/Search-v0" else toy / "questions"
-
-    class Contract(EnvContract):
-        def make(self) -> gymnasium.Env[str, str]:
-            return gymnasium.make(name, index=toy_index, questions=questions, rules=RULES)
-
-    Contract().test_gymnasium_accepts_it()
-    Contract().test_channels_add_up_to_the_reward()
-    vector = gymnasium.make_vec(
-        name, num_envs=3, index=toy_index, questions=questions, vectorization_mode="vector_entry_point"
-    )
-    assert len(vector.reset(seed=0)[0]) == 3
-
-
-def test_gymnasiums_own_vectors_take_it_too() -> None:
-    vector = gymnasium.make_vec("agentgym_ig/TinyWiki-v0", num_envs=2, vectorization_mode="sync", per_dataset=5)
-    prompts, _ = vector.reset(seed=0)
-    replies, rewards, *_ = vector.step(("<search>film</search>", "<answer>x</answer>"))
-    assert len(prompts) == len(replies) == len(rewards) == 2
-
-
-def test_paths_that_lead_nowhere_are_named(toy: Path, toy_index: Path) -> None:
-    def make(questions: Path, name: str = "agentgym_ig/NQ-v0") -> None:
-        gymnasium.make(name, index=toy_index, questions=questions)
-
-    with pytest.raises(AgentGymError, match=r"it holds no nq\.jsonl"):
-        make(toy / "questions")
-    with pytest.raises(AgentGymError, match="name one of its question files"):
-        make(toy / "questions", "agentgym_ig/Search-v0")
-    (toy / "empty.jsonl").write_text("")
-    with pytest.raises(AgentGymError, match=r"empty\.jsonl holds no question"):
-        make(toy / "empty.jsonl")
-    (toy / "none.jsonl").write_text(json.dumps({"id": "1", "question": "Who?", "answers": []}))
-    with pytest.raises(AgentGymError, match=r"none\.jsonl:1: question '1' has no answer"):
-        make(toy / "none.jsonl")
-    with pytest.raises(AgentGymError, match="no index in"):
-        gymnasium.make("agentgym_ig/NQ-v0", index=toy / "nothing", questions=QUESTIONS)
 
 
 def test_the_reply_shows_passages_and_the_answer_is_scored_over_all_aliases() -> None:
@@ -281,6 +171,14 @@ def test_a_refused_query_does_not_cost_the_others_theirs(in_a_loop: bool) -> Non
     assert infos["retrieved"][2] == ("p2", "p3")
 
 
+def test_seeds_and_ids_may_come_from_numpy() -> None:
+    env = SearchVectorEnv(ListIndex(), QUESTIONS, 3, RULES)
+    expected = env.reset(seed=7)[0]
+    assert env.reset(seed=np.int64(7))[0] == env.reset(seed=np.arange(7, 10))[0] == expected  # type: ignore[arg-type]
+    assert env.reset(options={"questions": np.array(["q2", "q1"])})[1]["question"].tolist() == ["q2", "q1", None]
+    assert not env.reset(options={"questions": []})[1]["_question"].any()
+
+
 def test_one_search_call_a_step_and_finished_episodes_stay_still() -> None:
     index = ListIndex()
     env = SearchVectorEnv(index, QUESTIONS, 4, RULES)
@@ -292,6 +190,68 @@ def test_one_search_call_a_step_and_finished_episodes_stay_still() -> None:
     assert index.calls == 1
     assert (observations[2], rewards[2], terminated[2], truncated[2]) == ("", 0.0, False, False)
     assert infos["rewards"]["_format"].tolist() == [True, True, False, False]
+
+
+class Unlucky(ListIndex):
+    """Breaks in ways that no index should; `asearch` never comes back."""
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        if "broken" in queries:
+            raise ConnectionError("cable")
+        return super().search(queries, k)[: 0 if "short" in queries else None]
+
+    async def asearch(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        await asyncio.sleep(60)
+        return []
+
+
+@pytest.mark.parametrize("query", ["broken", "short", "slow"])
+def test_a_step_that_breaks_or_is_cancelled_changes_nothing(query: str) -> None:
+    env = SearchVectorEnv(Unlucky(), QUESTIONS, 2, Rules(max_turns=4, max_searches=1))
+    env.reset(seed=0)
+    actions = [f"<search>{query}</search>", "<answer>x</answer>"]
+    if query == "slow":
+        with pytest.raises(TimeoutError):
+            asyncio.run(asyncio.wait_for(env.astep(actions), 0.05))
+    else:
+        with pytest.raises(ConnectionError if query == "broken" else ValueError):
+            env.step(actions)
+    for episode in env.episodes:
+        assert episode is not None
+        assert (episode.turn, episode.queries, episode.retrieved) == (0, [], [])
+        assert episode.conversation.messages == episode.opening
+    assert env.step(["<search>Warsaw</search>", "<answer>x</answer>"])[4]["stop"].tolist() == [None, Stop.ANSWERED]
+
+
+def test_no_more_passages_are_shown_than_asked_for() -> None:
+    class Generous(ListIndex):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+            return super().search(queries, k + 5)
+
+    env = SearchEnv(Generous(), QUESTIONS, Rules(top_k=1))
+    env.reset(seed=0)
+    assert len(env.step("<search>Poland</search>")[4]["retrieved"]) == 1
+
+
+def test_a_failed_search_says_why() -> None:
+    env = SearchEnv(BrokenIndex(), QUESTIONS, RULES)
+    env.reset(seed=0)
+    assert env.step("<search>a</search>")[4]["error"] == "the server is gone"
+    vector = SearchVectorEnv(BrokenIndex(), QUESTIONS, 2, RULES)
+    vector.reset(seed=0)
+    infos = vector.step(["<search>a</search>", "hm"])[4]
+    assert (infos["error"].tolist(), infos["_error"].tolist()) == (["the server is gone", None], [True, False])
+
+
+def test_copies_of_an_environment_go_on_by_themselves() -> None:
+    env = wrapped(SearchEnv(ListIndex(), QUESTIONS, RULES))
+    env.weight = 0.125  # a function cannot be pickled
+    env.reset(options={"question": "q1"})
+    first = env.step("<search>Curie</search>")
+    for twin in (copy.deepcopy(env), pickle.loads(pickle.dumps(env))):
+        assert twin.step("<search>Warsaw</search>") == copy.deepcopy(env).step("<search>Warsaw</search>")
+    assert first[4]["queries"] == ("Curie",)
+    assert env.step("<answer>x</answer>")[4]["rewards"]["outcome"] == 0.0
 
 
 def test_event_loops_search_side_by_side() -> None:
@@ -343,8 +303,11 @@ def test_prompts_are_data() -> None:
     assert env.step("<search>radium</search>")[0] == f"<information>* {PASSAGES[0].text}</information>"
     guided = SearchEnv(ListIndex(), QUESTIONS, Rules(prompt=with_guide(PROMPTS["search-r1"])))
     assert "<guide>" in guided.reset(seed=0)[0]
+    with pytest.raises(ValueError, match=r"cannot be filled in.*braces"):
+        replace(own, question='Use {"name": "search"}. Q: {question}')
+    assert '{"name": 1}' in replace(own, question='{{"name": 1}} {question}').opening("Who?", 1)[1].text
     with pytest.raises(ValueError, match=r"prompt's passage has no \{text\}"):
-        Prompt(**{name: getattr(own, name) for name in own.__slots__} | {"passage": "x"})
+        replace(own, passage="x")
 
 
 def test_wrong_use_says_what_is_wrong() -> None:
@@ -358,8 +321,9 @@ def test_wrong_use_says_what_is_wrong() -> None:
         Rules(metric="none")
     with pytest.raises(ValueError, match="max_turns=0"):
         Rules(max_turns=0)
-    with pytest.raises(ValueError, match="max_searches=-1"):
-        Rules(max_searches=-1)
+    for wrong in ({"max_searches": -1}, {"max_turns": None}, {"top_k": 2.5}, {"max_observation": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* must be a whole number"):
+            Rules(**wrong)
     with pytest.raises(ValueError, match="weights"):
         Rules(weights={"outcomes": 1.0})
     env = SearchEnv(ListIndex(), QUESTIONS)
@@ -374,6 +338,10 @@ def test_wrong_use_says_what_is_wrong() -> None:
         vector.reset(options={"reset_mask": np.array([1])})
     with pytest.raises(ValueError, match="0 seeds for 1 episodes"):
         vector.reset(seed=[])
+    with pytest.raises(ValueError, match=r"unknown reset options \['question'\]; this form takes"):
+        vector.reset(options={"question": "q1"})
+    with pytest.raises(ValueError, match=r"unknown reset options \['questions'\]"):
+        env.reset(options={"questions": ["q1"]})
     vector.reset(seed=0)
     with pytest.raises(ValueError, match="2 actions for 1 environments"):
         vector.step(["a", "b"])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from agentgym_ig import Action, Conversation, CorpusError, RandomPolicy, Scripte
 from agentgym_ig.envs import (
     Evidence,
     InfoGain,
+    Outcome,
     Rules,
     SearchCost,
     SearchEnv,
@@ -156,7 +158,13 @@ def test_a_file_keeps_what_is_done(tmp_path: Path) -> None:
 
 def test_files_of_something_else_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
-    for content in ("my notes", "my notes\n", '{"a": 1}\n', '{"question": {"id": "q1"}}\n'):
+    for content in (
+        '{"question": "Who?", "answer": "x"}',
+        "my notes",
+        "my notes\n",
+        '{"a": 1}\n',
+        '{"question": {"id": "q1"}}\n',
+    ):
         path.write_text(content)
         with pytest.raises(CorpusError, match=r"notes\.txt"):
             rollout(make(3), RandomPolicy(), MANY, out=path)
@@ -165,6 +173,15 @@ def test_files_of_something_else_are_left_alone(tmp_path: Path) -> None:
     rollout(make(3), RandomPolicy(), MANY[:2], out=other)
     with pytest.raises(CorpusError, match=r"an episode of 'q1'.*not asked for now"):
         rollout(make(3), RandomPolicy(), MANY[1:], out=other)
+    with pytest.raises(CorpusError, match="whose question or prompt was another"):
+        rollout(make(3, Rules(max_turns=3)), RandomPolicy(), MANY, out=other)
+
+
+def test_numbers_of_numpy_can_be_written(tmp_path: Path) -> None:
+    action = Action("<answer>x</answer>", (1,), (np.float32(-0.5),))  # type: ignore[arg-type]
+    asked = [Start("q1", 0, np.int64(3))]  # type: ignore[arg-type]
+    (episode,) = rollout(make(1), lambda conversations: [action], asked, out=tmp_path / "a.jsonl")
+    assert read_episodes(tmp_path / "a.jsonl") == [episode]
 
 
 PROGRAM = """
@@ -214,12 +231,14 @@ def test_an_episode_that_no_longer_fits_the_policy_ends(turns: int) -> None:
             for own in conversations
         ]
 
-    first, second = rollout(make(2), policy, starts("q1", "q2"))
+    env = add_channel(make(2, Rules(max_turns=4, top_k=2, weights={})), Outcome("em", name="outcome"))
+    first, second = rollout(env, policy, starts("q1", "q2"))
     assert (first.stop, second.stop) == (Stop.CONTEXT_FULL, Stop.MAX_TURNS)
     assert (len(first.turns), len(second.turns)) == (turns, 4)
     assert (first.turns[-1].observation, first.turns[-1].retrieved) == ("", ())
     assert first.turns[-1].rewards["outcome"] == 0.0
-    assert "info_gain" not in first.turns[-1].rewards
+    assert set(first.turns[-1].rewards) == {"outcome", "search_cost"}, "what was about the reply is gone"
+    assert first.conversation.messages[-1].role == "assistant"
 
 
 def test_policies_that_misbehave_are_named() -> None:
@@ -232,8 +251,8 @@ def test_policies_that_misbehave_are_named() -> None:
         rollout(make(2), numbers, starts("q1"))
     with pytest.raises(ValueError, match="lanes=0"):
         rollout(make(2), RandomPolicy(), MANY, lanes=0)
-    with pytest.raises(ValueError, match="no question 'q9'"):
-        rollout(make(2), RandomPolicy(), ["q9"])
+    with pytest.raises(ValueError, match="no question 'q9' among 2"):
+        rollout(make(2), lambda conversations: pytest.fail("it must not begin"), ["q1", "q9"])
 
 
 TAGS = [f"<{slash}{tag}>" for tag in ("search", "answer", "think", "guide", "tool_call") for slash in ("", "/")]

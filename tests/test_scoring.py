@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import shutil
+import warnings
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from agentgym_ig.lm.tiny import tiny_tokenizer
 from agentgym_ig.prompts import PROMPTS
 from agentgym_ig.trainers import OnlineScorer, Scorer, Stem, TokenBatch, pack, pad, token_logprobs
 from agentgym_ig.trainers.scoring import _tree_masks
-from agentgym_ig.types import Conversation, Message
+from agentgym_ig.types import Action, Conversation, Message, Question, Stop, Trajectory, Turn
 from tests.tiny import FAMILIES, play, shipped_policy, tiny_env, untrained
 
 ENCODER = ConversationEncoder(tiny_tokenizer())
@@ -297,3 +298,37 @@ def test_the_wrapper_reads_the_same_gains_turn_by_turn(kind: type[Scorer]) -> No
     steps = [after[0] - before[0] for before, after in pairwise(reference)]
     assert gains == pytest.approx(steps, abs=1e-4)
     assert max(map(abs, gains)) > 0.1
+
+
+def test_a_model_in_training_mode_is_read_as_it_samples() -> None:
+    model = copy.deepcopy(untrained("llama"))
+    model.config.attention_dropout = 0.5
+    expected = Scorer(untrained("llama"), ENCODER, PROMPTS["tinywiki"]).beliefs(EPISODES, [ANSWERS] * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has another name for it, 5.17 has not
+        model.gradient_checkpointing_enable()
+    model.train()
+    for kind in (Scorer, OnlineScorer):
+        found = kind(model, ENCODER, PROMPTS["tinywiki"]).beliefs(EPISODES, [ANSWERS] * 3)
+        assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_whole_text_are_refused(kind: str) -> None:
+    model = copy.deepcopy(untrained("llama"))
+    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0}
+    with pytest.raises(ValueError, match=f"RoPE of type {kind} cannot be scored"):
+        Scorer(model, ENCODER, PROMPTS["tinywiki"]).beliefs(EPISODES[:1], [["a"]])
+
+
+def test_empty_replies_are_replies() -> None:
+    asked = Message("user", "Who?")
+    said = [Action(f"<search>{query}</search>", (7, 8)) for query in "ab"]
+    turns = (Turn(said[0], "", {"info_gain": 9.0}), Turn(said[1], "x", {}), Turn(said[1], "", {"info_gain": 9.0}))
+    episode = Trajectory(Question("q", "Who?", ("a",), "toy"), (asked,), turns, Stop.MAX_TURNS, 0, 0)
+    roles = [message.role for message in episode.conversation.messages]
+    assert roles == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+    (scored,) = Scorer(untrained("llama"), ENCODER, PROMPTS["tinywiki"]).with_beliefs([episode])
+    assert len(scored.belief) == 3
+    assert ["info_gain" in turn.rewards for turn in scored.turns] == [True, True, False]

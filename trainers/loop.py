@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from agentgym_ig.answers import score as answer_score
 from agentgym_ig.belief import ALIAS_POLICIES, combine_aliases, with_belief
-from agentgym_ig.envs.rollout import Start, rollout
-from agentgym_ig.envs.search import SearchVectorEnv
+from agentgym_ig.envs.rollout import Start, VectorSearch, rollout
 from agentgym_ig.lm.encode import Encoded
 from agentgym_ig.lm.policy import TransformersPolicy
 from agentgym_ig.trainers.batch import Experience, pad
@@ -85,7 +84,7 @@ class Run:
     """All parts of a training run. `evaluate` returns figures to log, given the policy."""
 
     policy: TransformersPolicy
-    env: SearchVectorEnv
+    env: VectorSearch
     recipe: Estimator
     recipe_name: str
     config: TrainConfig
@@ -95,7 +94,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
-        task = json.dumps({"questions": sorted(self.env.questions), "rules": asdict(self.env.rules)}, sort_keys=True)
+        rules = asdict(replace(self.env.rules, weights=dict(self.env.rules.weights)))
+        task = json.dumps({"questions": sorted(self.env.questions), "rules": rules}, sort_keys=True)
         free = ("steps", "micro_batch", "evaluate_every", "save_every")  # change nothing about a step
         return {
             "recipe": self.recipe_name,
@@ -186,11 +186,10 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> dict[st
     clock = [time.perf_counter()]
     episodes = rollout(run.env, run.policy, draw_starts(sorted(run.env.questions), run.config, step))
     clock.append(time.perf_counter())
-    kept = [episode for episode in episodes if not episode.stop.failed]
+    kept, encoded, old = score_episodes(run, [episode for episode in episodes if not episode.stop.failed])
+    clock.append(time.perf_counter())
     metrics: dict[str, Any] = {"step": step + 1, "episodes": len(kept), "episodes_failed": len(episodes) - len(kept)}
     if kept:
-        kept, encoded, old = score_episodes(run, kept)
-        clock.append(time.perf_counter())
         advantages = run.recipe(kept)
         learned = Experience(encoded, old, advantages)
         metrics |= update(run, optimizer, learned, step) | summary(kept, advantages)
@@ -203,7 +202,7 @@ def score_episodes(run: Run, episodes: Sequence[Trajectory]) -> tuple[list[Traje
     """Read every episode's log-probabilities, and its belief if the recipe needs one, in one packed pass.
 
     Returns the episodes with their belief and `info_gain` channel filled in, their tokens, and (T,) the
-    log-probability of each sampled token.
+    log-probability of each sampled token; without those whose belief is not finite.
     """
     policy, config = run.policy, run.config
     scorer = Scorer(
@@ -216,11 +215,13 @@ def score_episodes(run: Run, episodes: Sequence[Trajectory]) -> tuple[list[Traje
     count = (1 if config.aliases == "first" else None) if run.recipe.needs_belief else 0
     encoded = [policy.encoder.encode(episode.conversation) for episode in episodes]
     scored = scorer.score(encoded, [episode.question.answers[:count] for episode in episodes])
-    if run.recipe.needs_belief:
-        beliefs = [[combine_aliases(own, config.aliases) for own in each.beliefs] for each in scored]
-        log = run.recipe.log_gain
-        episodes = [with_belief(episode, own, log=log) for episode, own in zip(episodes, beliefs, strict=True)]
-    return list(episodes), encoded, [each.logprobs for each in scored]
+    logprobs = [each.logprobs for each in scored]
+    if not run.recipe.needs_belief:
+        return list(episodes), encoded, logprobs
+    beliefs = [[combine_aliases(own, config.aliases) for own in each.beliefs] for each in scored]
+    kept = [row for row, own in enumerate(beliefs) if all(map(math.isfinite, own))]
+    believed = [with_belief(episodes[row], beliefs[row], log=run.recipe.log_gain) for row in kept]
+    return believed, [encoded[row] for row in kept], [logprobs[row] for row in kept]
 
 
 def update(run: Run, optimizer: torch.optim.Optimizer, learned: Experience, step: int) -> dict[str, float]:

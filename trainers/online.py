@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import DynamicCache
 
-from agentgym_ig.lm.alone import alone_with
+from agentgym_ig.lm.alone import reading
 from agentgym_ig.lm.encode import Branch, ConversationEncoder, Encoded
 from agentgym_ig.prompts import Prompt
 from agentgym_ig.trainers.batch import Stem
@@ -28,8 +28,8 @@ class OnlineScorer(Scorer):
     A conversation finds its own by its exact tokens, up to the last reply that was read before; so conversations
     may come in any order, end, or begin alike. Whichever were not asked about for the longest are forgotten first,
     and read again when they come back. All are forgotten with every step of any optimizer in this process, and when
-    a weight of the model has been written to or replaced; a write through `.data` alone goes unseen and needs a
-    `clear()`.
+    a weight of the model has been written to, moved or replaced; a write into `.data`, and an adapter that is switched
+    on or off, go unseen and need a `clear()`.
 
     max_cached_tokens: tokens kept between calls, equal beginnings counted once. One takes two vectors per layer and
     key-value head: 24 KB in Qwen2.5-0.5B in float32, 56 KB in Qwen2.5-7B in bfloat16. Fewer than all unfinished
@@ -72,8 +72,8 @@ class OnlineScorer(Scorer):
         encoded = [self.encoder.encode(conversation) for conversation in conversations]
         branches = [self._branches(own) for own in answers]
         found: list[list[float]] = []
-        with alone_with(self.model):
-            weights = [(id(weight), weight._version) for weight in self.model.parameters()]
+        with reading(self.model):
+            weights = [(id(own), own._version, own.data_ptr(), own.dtype) for own in self.model.parameters()]
             if weights != self._weights:
                 self.clear()
                 self._weights = weights

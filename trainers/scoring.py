@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from agentgym_ig.belief import with_belief
-from agentgym_ig.lm.alone import alone_with
+from agentgym_ig.lm.alone import alone_with, reading
 from agentgym_ig.lm.encode import OBSERVED, Branch, ConversationEncoder, Encoded
 from agentgym_ig.prompts import Prompt
 from agentgym_ig.trainers.batch import PackedBatch, Stem, TokenBatch, pack, pad
@@ -102,6 +102,7 @@ def _tree_masks(model: Model, batch: PackedBatch, width: int) -> Any:
     Raises ValueError for layers and attention kernels that cannot follow a tree.
     """
     config = model.config.get_text_config()
+    _check_positions(config)
     window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
     if other := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layers of {', '.join(sorted(other))} cannot be scored; take a model with plain attention")
@@ -109,6 +110,19 @@ def _tree_masks(model: Model, batch: PackedBatch, width: int) -> Any:
         every = {"full_attention": batch.allowed(width), "sliding_attention": batch.allowed(width, window)}
         return {kind: _mask(model, allowed) for kind, allowed in every.items()}
     return _mask(model, batch.allowed(width, None if kinds else window))  # without kinds, all layers are alike
+
+
+def _check_positions(config: Any) -> None:
+    """Raise ValueError for positions that depend on more than where a token stands: no cache or tree can have them."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {own.get("rope_type") for own in (rope, *rope.values()) if isinstance(own, dict)}
+    other = [f"RoPE of type {kind}" for kind in ("dynamic", "longrope") if kind in kinds]
+    if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
+        other.append("ALiBi")
+    if hasattr(config, "attention_types"):
+        other.append("local attention without layer_types")
+    if other:
+        raise ValueError(f"a model with {' and '.join(other)} cannot be scored; take one with plain rotary positions")
 
 
 def _mask(model: Model, allowed: Tensor) -> Any:
@@ -138,7 +152,9 @@ class Scored:
 class Scorer:
     """Reads likelihoods from a transformers model without a gradient, `batch_size` episodes at a time.
 
-    Raises ValueError for a temperature that is not above 0, and, when it reads, for a model that it cannot.
+    The model may be in training mode; it is read in evaluation mode.
+
+    Raises ValueError for settings out of range, and, when it reads, for a model that it cannot.
     """
 
     def __init__(
@@ -150,8 +166,8 @@ class Scorer:
         temperature: float = 1.0,
         batch_size: int = 64,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} gives no probabilities; use one above 0")
+        if not temperature > 0 or batch_size < 1:
+            raise ValueError(f"temperature={temperature} must be above 0 and batch_size={batch_size} at least 1")
         self.model, self.encoder, self.prompt = model, encoder, prompt
         self.temperature, self.batch_size = temperature, batch_size
 
@@ -176,14 +192,13 @@ class Scorer:
     def _score_batch(self, conversations: Sequence[Encoded], branches: Sequence[Sequence[Branch]]) -> list[Scored]:
         batch = pad(conversations, self.model.device)
         cache = DynamicCache() if any(branches) else None  # made without a config, it also keeps what a window leaves
-        logprobs = token_logprobs(self.model, batch, self.temperature, wanted=batch.sampled, cache=cache)
         # The token before each answer is read again, so that all predictions come from the second pass.
         stems = [[Stem(own.ids[d - 1 : d], d - 1) for d in own.decisions] for own in conversations]
-        beliefs = (
-            [[[] for _ in own] for own in stems]
-            if cache is None
-            else branch_beliefs(self.model, stems, branches, cache, self.temperature)
-        )
+        beliefs: list[list[list[float]]] = [[[] for _ in own] for own in stems]
+        with reading(self.model):
+            logprobs = token_logprobs(self.model, batch, self.temperature, wanted=batch.sampled, cache=cache)
+            if cache is not None:
+                beliefs = branch_beliefs(self.model, stems, branches, cache, self.temperature)
         rows = zip(logprobs, conversations, beliefs, strict=True)
         return [Scored(row[: len(encoded.ids)], own) for row, encoded, own in rows]
 
@@ -199,7 +214,8 @@ class Scorer:
     def _forced(self, context: list[int], branch: Branch) -> float:
         ids = [*context, *branch.ids]
         batch = pad([Encoded(ids, [0] * len(ids), [])], self.model.device)
-        logprobs = token_logprobs(self.model, batch, self.temperature)
+        with reading(self.model):
+            logprobs = token_logprobs(self.model, batch, self.temperature)
         return float(logprobs[0, -branch.scored :].double().mean())
 
     def with_beliefs(self, episodes: Sequence[Trajectory]) -> list[Trajectory]:

@@ -39,7 +39,7 @@ def evaluate(
     suite: Annotated[str, typer.Option(help="tinywiki, igpo or search-r1.")] = "tinywiki",
     questions: QuestionsOption = None,
     index: IndexOption = None,
-    limit: Annotated[int | None, typer.Option(help="Questions per dataset (tinywiki: 150 unless set).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per dataset (tinywiki: 150 unless set).")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     episodes: Annotated[Path | None, typer.Option(help="Add every episode to this JSON Lines file as it ends.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Do not play again what --episodes holds already.")] = False,
@@ -49,7 +49,7 @@ def evaluate(
     max_turns: MaxTurnsOption = None,
     prompt: PromptOption = None,
     batch: Annotated[int, typer.Option(help="Episodes side by side.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of all random draws, and of TinyWiki's test world.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random draws, and of TinyWiki's test world.")] = 0,
     device: DeviceOption = "cpu",
 ) -> None:
     """Evaluate a policy on a suite."""
@@ -57,6 +57,8 @@ def evaluate(
     from agentgym_ig.envs.evaluate import evaluate as run_evaluation
     from agentgym_ig.records import write_json
 
+    if resume and episodes is None:
+        raise ValueError("--resume goes on with a file of episodes; name it by --episodes")
     if episodes is not None and episodes.exists() and not resume:
         raise FileExistsError(f"{episodes} is there already; go on with it by --resume, or give another file")
     asked = open_suite(suite, questions, index, limit, rules_set_by_user(top_k, max_turns, prompt), seed)

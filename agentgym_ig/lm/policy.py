@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from agentgym_ig.grammar import GRAMMARS
-from agentgym_ig.lm.alone import alone_with
+from agentgym_ig.lm.alone import reading
 from agentgym_ig.lm.encode import ConversationEncoder, Tokenizer
 from agentgym_ig.types import Action, Conversation
 
@@ -108,7 +108,7 @@ class TransformersPolicy:
         )
         stops = [GRAMMARS[conversation.grammar].stop_strings for conversation in conversations]
         closed = _Closed(self.encoder.tokenizer, self._closing, stops, width)
-        with alone_with(self.model), _without_own_defaults(self.model):
+        with reading(self.model), _without_own_defaults(self.model):
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=real,
