@@ -56,11 +56,7 @@ def _number(value: Any) -> Any:
 
 def write_episodes(path: Path, episodes: Iterable[Trajectory]) -> None:
     """One trajectory a line; the file appears only when it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb") as lines:
-        lines.writelines(map(_line, episodes))
-    partial.replace(path)
+    write_whole(path, b"".join(map(_line, episodes)))
 
 
 def read_episodes(path: Path) -> list[Trajectory]:

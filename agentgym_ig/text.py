@@ -1,4 +1,4 @@
-"""Foreign text made harmless: passages, titles and questions as a policy may see them."""
+"""Text made harmless: foreign text as a policy may see it, and strings that are no Unicode as libraries take them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,8 @@ def neutralise(text: str) -> str:
     if any(map(text.__contains__, _SHOWN)):
         text = _OPENS.sub(lambda found: _SHOWN[found.group()], text)
     return text
+
+
+def clean(text: str) -> str:
+    """The text with a question mark for each lone surrogate: they are no Unicode, and no library takes them."""
+    return text.encode("utf-8", "replace").decode()

@@ -89,7 +89,6 @@ class Episode:
         self.question, self.rules, self.count_tokens = question, rules, count_tokens
         self.opening = rules.texts.opening(question.text, rules.max_turns)
         self.conversation = Conversation(self.opening, seed, rules.texts.grammar)
-        self.turn = 0
         self.queries: list[tuple[str, ...]] = []
         self.retrieved: list[tuple[str, ...]] = []
         self.action: Parsed = Malformed("no action yet")
@@ -99,7 +98,11 @@ class Episode:
         self.error: str | None = None
         self.memory: dict[str, Any] = {}
         self._shown = 0
-        self._before = self.conversation
+
+    @property
+    def turn(self) -> int:
+        """How many actions there were."""
+        return len(self.queries)
 
     @property
     def prompt(self) -> str:
@@ -108,28 +111,29 @@ class Episode:
 
     def ask(self, action: str | Action) -> tuple[str, ...]:
         """Read an action; return the queries that its turn needs (none, when it does not search or may not)."""
-        self._before = self.conversation
         said = action if isinstance(action, Action) else Action(action)
         self.said, self.action = said.text, GRAMMARS[self.conversation.grammar].parse(said.text)
         self.conversation = self.conversation.plus(Message("assistant", said.text, said.token_ids or None))
-        self.turn += 1
-        searches = isinstance(self.action, Search) and self._over_budget() is None
-        self.queries.append(self.action.queries if searches and isinstance(self.action, Search) else ())
+        self.queries.append(())
         self.retrieved.append(())
+        if isinstance(self.action, Search) and self._over_budget() is None:
+            self.queries[-1] = self.action.queries
         return self.queries[-1]
 
     def unask(self) -> None:
         """Take an action back whose turn could not be closed."""
-        self.conversation = self._before
-        self.turn -= 1
+        self._forget_last_message()
         self.queries.pop()
         self.retrieved.pop()
+
+    def _forget_last_message(self) -> None:
+        self.conversation = replace(self.conversation, messages=self.conversation.messages[:-1])
 
     def _over_budget(self) -> Stop | None:
         if self.turn >= self.rules.max_turns:
             return Stop.MAX_TURNS
         if isinstance(self.action, Search) and self.rules.max_searches is not None:
-            wanted = sum(map(len, self.queries[: self.turn - 1])) + len(self.action.queries)
+            wanted = sum(map(len, self.queries[:-1])) + len(self.action.queries)
             return Stop.MAX_SEARCHES if wanted > self.rules.max_searches else None
         return None
 
@@ -160,10 +164,11 @@ class Episode:
         return budget is None or self._shown + self.count_tokens(observation) <= budget
 
     def _go_on(self, observation: str, retrieved: tuple[str, ...]) -> Reply:
-        if not self._fits(observation):
-            return self._end(Stop.MAX_OBSERVATION)
-        if self.rules.max_observation is not None:
+        budget = self.rules.max_observation
+        if budget is not None:
             self._shown += self.count_tokens(observation)
+            if self._shown > budget:
+                return self._end(Stop.MAX_OBSERVATION)
         self.conversation = self.conversation.plus(Message("tool", observation))
         self.retrieved[-1] = retrieved
         return Reply(observation, self._rewards(), None, self.queries[-1], retrieved)
@@ -186,7 +191,7 @@ class Episode:
         Returns what now belongs to the rewards of the last turn.
         """
         self.stop = Stop.CONTEXT_FULL
-        self.conversation = replace(self.conversation, messages=self.conversation.messages[:-1])
+        self._forget_last_message()
         self.retrieved[-1] = ()
         return {name: value for name, value in self._rewards().items() if name == "outcome"}
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from agentgym_ig.envs.episode import Episode
-from agentgym_ig.envs.search import SearchVectorEnv, VectorStep
+from agentgym_ig.envs.search import SearchVectorEnv, VectorStep, check_known
 from agentgym_ig.envs.wrappers import VectorChannelWrapper, channels_of, read_channel
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.policies import Policy
@@ -76,9 +76,8 @@ def rollout(
     if lanes < 1:
         raise ValueError(f"lanes={lanes} must be 1 or more")
     starts = [_start(own, number, seed) for number, own in enumerate(questions)]
-    known = _base(env).questions
-    if strange := [start.question for start in starts if start.question not in known]:
-        raise ValueError(f"no question {strange[0]!r} among {len(known)}; ids look like: {', '.join(list(known)[:3])}")
+    for start in starts:
+        check_known(_base(env).questions, start.question)
     with ExitStack() as stack:
         log = EpisodeLog(out) if out else None
         if log:
@@ -140,14 +139,8 @@ class _Rollout:
         done: dict[int, Trajectory],
         log: EpisodeLog | None,
     ) -> None:
-        self.env, self.search, self.policy, self.starts, self.done, self.log = (
-            env,
-            _base(env),
-            policy,
-            starts,
-            done,
-            log,
-        )
+        self.env, self.search, self.policy = env, _base(env), policy
+        self.starts, self.done, self.log = starts, done, log
         self.waiting = deque(number for number in range(len(starts)) if number not in done)
         self.number: dict[int, int] = {}  # place → start that is played there
         self.turns: dict[int, list[Turn]] = {}

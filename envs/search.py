@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import gymnasium
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from agentgym_ig.envs.episode import CountTokens, Episode, Reply, Rules, weighted, words
 from agentgym_ig.envs.spaces import Prose
 from agentgym_ig.envs.terminal import draw
-from agentgym_ig.envs.turns import atake_turns, check_actions, take_turns
+from agentgym_ig.envs.turns import atake_turns, take_turns
 from agentgym_ig.indexes.base import Index
 from agentgym_ig.types import Action, Question, Stop
 
@@ -34,6 +35,13 @@ def questions_by_id(questions: Sequence[Question]) -> dict[str, Question]:
             f"{len(questions) - len(by_id)} of {len(questions)} question ids stand twice; make them unique"
         )
     return by_id
+
+
+def check_known(questions: Mapping[str, Question], asked: str) -> None:
+    """Raise ValueError for the id of no question."""
+    if asked not in questions:
+        some = ", ".join(islice(questions, 3))
+        raise ValueError(f"no question {asked!r} among {len(questions)}; ids look like: {some}")
 
 
 def _check_options(options: Mapping[str, Any] | None, known: set[str]) -> None:
@@ -59,9 +67,7 @@ class _Questions:
         """An episode about the question of that id, or one drawn; its seed is drawn too where none is given."""
         drawn, own = self.ids[rng.integers(len(self.ids))], int(rng.integers(2**62))
         name = drawn if asked is None else asked
-        if name not in self.by_id:
-            some = ", ".join(self.ids[:3])
-            raise ValueError(f"no question {name!r} among {len(self.ids)}; ids look like: {some}")
+        check_known(self.by_id, name)
         return Episode(self.by_id[name], self.rules, own if seed is None else seed, self.count_tokens)
 
 
@@ -236,17 +242,16 @@ class SearchVectorEnv(gymnasium.vector.VectorEnv[tuple[str, ...], tuple[str, ...
         Raises ResetNeeded before the first reset and once all episodes are over, ValueError for another number
         of actions than N, and TypeError for one that is no string, before any episode has changed.
         """
-        places, episodes = self._stepped(actions)
-        said = [actions[place] or "" for place in places]
+        places, episodes, said = self._stepped(actions)
         return self._results(places, take_turns(self.index, self.rules.top_k, episodes, said))
 
     async def astep(self, actions: Sequence[str | Action | None]) -> VectorStep:
         """`step` that does not block the event loop while the index searches."""
-        places, episodes = self._stepped(actions)
-        said = [actions[place] or "" for place in places]
+        places, episodes, said = self._stepped(actions)
         return self._results(places, await atake_turns(self.index, self.rules.top_k, episodes, said))
 
-    def _stepped(self, actions: Sequence[str | Action | None]) -> tuple[list[int], list[Episode]]:
+    def _stepped(self, actions: Sequence[str | Action | None]) -> tuple[list[int], list[Episode], list[str | Action]]:
+        """The places that take a turn, their episodes and their actions."""
         if len(actions) != self.num_envs:
             raise ValueError(
                 f"{len(actions)} actions for {self.num_envs} environments; give one each, '' where finished"
@@ -254,9 +259,8 @@ class SearchVectorEnv(gymnasium.vector.VectorEnv[tuple[str, ...], tuple[str, ...
         going = [(place, episode) for place, episode in enumerate(self.episodes) if episode and episode.stop is None]
         if not going:
             raise ResetNeeded("no episode has begun or all are over; call reset() first")
-        going = [(place, episode) for place, episode in going if actions[place] is not None]
-        check_actions([actions[place] for place, _ in going])
-        return [place for place, _ in going], [episode for _, episode in going]
+        moves = [(place, episode, said) for place, episode in going if (said := actions[place]) is not None]
+        return [place for place, _, _ in moves], [episode for _, episode, _ in moves], [said for _, _, said in moves]
 
     def _results(self, places: Sequence[int], replies: Sequence[Reply]) -> VectorStep:
         by_place = dict(zip(places, replies, strict=True))

@@ -23,7 +23,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import VectorEnv
 
 from agentgym_ig.envs.search import SearchEnv, SearchVectorEnv
-from agentgym_ig.envs.wrappers import ChannelWrapper, VectorChannelWrapper, Weight
+from agentgym_ig.envs.wrappers import ChannelWrapper, VectorChannelWrapper, Weight, layers
 from agentgym_ig.grammar import GRAMMARS
 
 SEEDS = (0, 1, 2)
@@ -43,12 +43,11 @@ def _scripts(env: SearchEnv | SearchVectorEnv) -> list[list[str]]:
 
 def _weights(env: Any) -> dict[str, float]:
     """Channel → its weight now, through all wrappers."""
-    weights: dict[str, Weight] = {}
-    while env is not env.unwrapped:
-        if isinstance(env, ChannelWrapper | VectorChannelWrapper):
-            weights[env.channel.name] = env.weight
-        env = env.env
-    return {name: own() if callable(own) else own for name, own in (weights | dict(env.rules.weights)).items()}
+    channels = [layer for layer in layers(env) if isinstance(layer, ChannelWrapper | VectorChannelWrapper)]
+    weights: dict[str, Weight] = {layer.channel.name: layer.weight for layer in channels}
+    return {
+        name: own() if callable(own) else own for name, own in (weights | dict(env.unwrapped.rules.weights)).items()
+    }
 
 
 class EnvContract:

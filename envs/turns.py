@@ -15,7 +15,7 @@ from agentgym_ig.types import Action, Hit
 Found = list[list[Hit]]
 
 
-def check_actions(actions: Sequence[object]) -> None:
+def _check_actions(actions: Sequence[object]) -> None:
     """Raise TypeError for an action that is neither a string nor an `Action` of one."""
     for action in actions:
         said = action.text if isinstance(action, Action) else action
@@ -26,7 +26,7 @@ def check_actions(actions: Sequence[object]) -> None:
 @contextmanager
 def _asking(episodes: Sequence[Episode], actions: Sequence[str | Action]) -> Iterator[list[tuple[str, ...]]]:
     """The queries of every episode's action; whatever goes wrong before the turns are closed, nothing has changed."""
-    check_actions(actions)
+    _check_actions(actions)
     asked = [episode.ask(action) for episode, action in zip(episodes, actions, strict=True)]
     try:
         yield asked

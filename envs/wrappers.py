@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any, overload
 
@@ -46,27 +46,28 @@ def read_channel(channel: Channel, episodes: Sequence[Episode]) -> list[float | 
     return [values.get(episode) for episode in episodes]
 
 
+def layers(env: Any) -> Iterator[Any]:
+    """The wrappers around an environment, from the outermost in."""
+    while env is not env.unwrapped:
+        yield env
+        env = env.env
+
+
 def channels_of(env: Any) -> list[Channel]:
     """The channels around an environment, from the outermost in."""
-    found: list[Channel] = []
-    while env is not env.unwrapped:
-        if isinstance(env, ChannelWrapper | VectorChannelWrapper):
-            found.append(env.channel)
-        env = env.env
-    return found
+    return [layer.channel for layer in layers(env) if isinstance(layer, ChannelWrapper | VectorChannelWrapper)]
 
 
 def _attach(channel: Channel, env: Any, kind: type[SearchEnv] | type[SearchVectorEnv]) -> None:
-    inner, search = env, env.unwrapped
+    search = env.unwrapped
     if not isinstance(search, kind):
         raise TypeError(f"a channel goes around a {kind.__name__}, not a {type(search).__name__}")
-    while inner is not search:
-        if isinstance(inner, TimeLimit | Autoreset):
+    for layer in layers(env):
+        if isinstance(layer, TimeLimit | Autoreset):
             raise TypeError(
-                f"{type(inner).__name__} hides where an episode ends from a channel around it; put it outermost"
+                f"{type(layer).__name__} hides where an episode ends from a channel around it; put it outermost"
                 " (and see Rules.max_turns)"
             )
-        inner = inner.env
     if not getattr(channel, "name", ""):
         raise ValueError(f"{type(channel).__name__} has no name; set the attribute `name`")
     if channel.name in {*search.rules.weights, *(other.name for other in channels_of(env))}:
@@ -84,8 +85,8 @@ class ChannelWrapper(gymnasium.Wrapper[str, str, str, str]):
     """A channel around a `SearchEnv`, or around one that has others already.
 
     Raises TypeError around any other environment, and around a `TimeLimit` or `Autoreset`, and ValueError for a channel
-    without a name or with one that is taken. A value that
-    is not finite truncates the episode: `info["stop"]` is `scoring_failed` and `info["error"]` says what to mend.
+    without a name or with one that is taken. A value that is not finite truncates the episode: `info["stop"]` is
+    `scoring_failed` and `info["error"]` says what to mend.
     """
 
     def __init__(self, env: gymnasium.Env[str, str], channel: Channel, weight: Weight = 1.0) -> None:

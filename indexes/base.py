@@ -42,11 +42,6 @@ make_hit = partial(tuple.__new__, Hit)
 """A hit from a pair of passage and score, at a third of the cost of `Hit(...)`: a search makes thousands."""
 
 
-def clean(text: str) -> str:
-    """The text with a question mark for each lone surrogate: they are no Unicode, and no library takes them."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def check_k(k: int) -> None:
     """Raise ValueError for a number of passages that no index can give."""
     if k < 1:

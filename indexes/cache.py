@@ -12,7 +12,8 @@ from threading import Lock
 import orjson
 
 from agentgym_ig.errors import IndexUnusable
-from agentgym_ig.indexes.base import Index, check_k, clean
+from agentgym_ig.indexes.base import Index, check_k
+from agentgym_ig.text import clean
 from agentgym_ig.types import Hit, Passage
 
 ASKED_AT_ONCE = 500

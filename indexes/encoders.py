@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentgym_ig.errors import IndexUnusable
-from agentgym_ig.indexes.base import clean
 from agentgym_ig.indexes.manifest import sha256
+from agentgym_ig.text import clean
 from agentgym_ig.types import Passage, texts
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agentgym_ig.errors import IndexUnusable, SearchFailed
-from agentgym_ig.indexes.base import Index, check_k, clean, ranked
+from agentgym_ig.indexes.base import Index, check_k, ranked
 from agentgym_ig.indexes.encoders import EXTRA, best_device, model_folder, quiet_loading
+from agentgym_ig.text import clean
 from agentgym_ig.types import Hit, texts
 
 

@@ -14,8 +14,8 @@ import orjson
 from numpy.typing import NDArray
 
 from agentgym_ig.errors import CorpusError
-from agentgym_ig.indexes.base import clean
 from agentgym_ig.records import write_whole
+from agentgym_ig.text import clean
 from agentgym_ig.types import Passage
 
 CACHED_PASSAGES = 65_536

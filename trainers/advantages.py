@@ -48,13 +48,13 @@ def _moments(values: Tensor, mask: Tensor, group: Tensor, ddof: int) -> tuple[Te
         raise ValueError(f"{shapes}: wanted (B, K), (B, K) and (B,) or (B, K)")
     x = finite("the reward", values, mask)
     groups = group if group.dim() == 2 else group[:, None].expand_as(x)
-    count = _group_sums(mask.double(), groups)
-    mean = _group_sums(x, groups) / count.clamp(min=1)
+    count = group_sums(mask.double(), groups)
+    mean = group_sums(x, groups) / count.clamp(min=1)
     squares = (x - mean).masked_fill(~mask, 0.0).square()
-    return x, mean, _group_sums(squares, groups) / (count - ddof).clamp(min=1)
+    return x, mean, group_sums(squares, groups) / (count - ddof).clamp(min=1)
 
 
-def _group_sums(values: Tensor, group: Tensor) -> Tensor:
+def group_sums(values: Tensor, group: Tensor) -> Tensor:
     """For each value the sum over its group; both of one shape."""
     ids, place = group.unique(return_inverse=True)
     sums = torch.zeros(len(ids), dtype=values.dtype, device=values.device)
@@ -93,13 +93,21 @@ def turn_returns(rewards: Tensor, last: Tensor, *, gamma: float | Tensor) -> Ten
     rewards (B, K); last (B,). gamma: per turn, one number or one (B,) per episode (DR-Venus's is w^(1 / turns)).
     Returns (B, K) float64, 0 after the last turn. Raises ValueError for a reward up to there that is not finite.
     """
-    turns = until(last, rewards.shape[1])
-    x = finite("the reward", rewards, turns)
+    return masked_returns(rewards, until(last, rewards.shape[1]), gamma=gamma)
+
+
+def masked_returns(rewards: Tensor, mask: Tensor, *, gamma: float | Tensor) -> Tensor:
+    """Discounted sum of the rewards on the mask from each column on; those off it are passed over as if not there.
+
+    rewards, mask (B, N). Returns (B, N) float64, 0 off the mask. Raises ValueError for a reward that is not finite.
+    """
+    x = finite("the reward", rewards, mask)
     returns = torch.zeros_like(x)
     after = torch.zeros_like(x[:, 0])
-    for turn in reversed(range(x.shape[1])):
-        after = torch.where(turns[:, turn], x[:, turn] + gamma * after, 0.0)
-        returns[:, turn] = after
+    for column in reversed(range(x.shape[1])):
+        on = mask[:, column]
+        after = torch.where(on, x[:, column] + gamma * after, after)
+        returns[:, column] = after.masked_fill(~on, 0.0)
     return returns
 
 
@@ -125,7 +133,7 @@ def rloo_advantages(outcome: Tensor, group: Tensor) -> Tensor:
     outcome, group (B,). Returns (B,). A group of one has no others and gets 0 (verl hands it its raw reward).
     """
     centred = drgrpo_advantages(outcome, group)
-    count = _group_sums(torch.ones_like(centred), group)
+    count = group_sums(torch.ones_like(centred), group)
     return centred * count / (count - 1).clamp(min=1)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from agentgym_ig.trainers.advantages import group_sums
+
 
 def overlong_penalty(lengths: Tensor, *, limit: int, buffer: int, factor: float = 1.0) -> Tensor:
     """Soft overlong punishment (eq. 13): a reward that falls from 0 to -factor over the last `buffer` tokens.
@@ -59,6 +61,4 @@ def groups_with_signal(advantages: Tensor, group: Tensor, *, tolerance: float = 
 
 def _in_groups(found: Tensor, group: Tensor) -> Tensor:
     """(B,) bool: whether any episode of the same group has `found`."""
-    ids, place = group.unique(return_inverse=True)
-    hits = torch.zeros(len(ids), dtype=torch.long, device=group.device).index_add(0, place, found.long())
-    return hits[place] > 0
+    return group_sums(found.long(), group) > 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentgym_ig.trainers.advantages import drgrpo_advantages, finite, require_shape
+from agentgym_ig.trainers.advantages import drgrpo_advantages, finite, masked_returns, require_shape
 
 
 def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
@@ -32,14 +32,7 @@ def token_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tenso
     rewards, mask (B, T); gamma per token of the policy. Returns (B, T) float64.
     """
     require_shape(mask.shape, rewards=rewards)
-    x = finite("the reward", rewards, mask)
-    returns = torch.zeros_like(x)
-    after = torch.zeros_like(x[:, 0])
-    for token in reversed(range(x.shape[1])):
-        on = mask[:, token]
-        after = torch.where(on, x[:, token] + gamma * after, after)
-        returns[:, token] = after.masked_fill(~on, 0.0)
-    return returns
+    return masked_returns(rewards, mask, gamma=gamma)
 
 
 def reinforce_pp_advantages(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0, eps: float = 1e-8) -> Tensor:

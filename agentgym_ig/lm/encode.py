@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from agentgym_ig.grammar import GRAMMARS
 from agentgym_ig.prompts import Prompt
+from agentgym_ig.text import clean
 from agentgym_ig.types import Conversation, Message, Role
 
 Tokenizer = Any
@@ -144,11 +145,9 @@ class ConversationEncoder:
 
     def _tokenise(self, text: str, *, split: bool, offsets: bool = False) -> Any:
         """The tokenizer's own answer; with `split` no special token is read out of the text."""
-        if not text.isascii():
-            text = text.encode("utf-8", "replace").decode()  # a lone surrogate, which no tokenizer takes, becomes "?"
         with _TOKENISING:
             return self.tokenizer(
-                text, add_special_tokens=False, split_special_tokens=split, return_offsets_mapping=offsets
+                clean(text), add_special_tokens=False, split_special_tokens=split, return_offsets_mapping=offsets
             )
 
     def _encode_text(self, text: str) -> array[int]:

@@ -57,10 +57,7 @@ class ServerScorer:
             logger.warning("an answer could not be scored: %s", choice)
             return math.nan
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        if len(logprobs) not in (
-            length,
-            length + 1,
-        ):  # some servers write a token although it is the prompt that counts
+        if len(logprobs) - length not in (0, 1):  # some servers write a token although it is the prompt that counts
             raise ServerFailed(
                 f"{self.server!r} was sent {length} tokens and gave {len(logprobs)} log-probabilities; {_WANTED}"
             )
