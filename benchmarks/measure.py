@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,8 +15,15 @@ from typing import Any
 
 
 def where() -> dict[str, Any]:
-    """Date and machine."""
-    return {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    """Date, machine, and the commit that is checked out."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"date": date.today().isoformat(), "machine": machine, "commit": commit()}
+
+
+def commit() -> str:
+    """The commit that is checked out, with a plus where files differ from it; empty outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

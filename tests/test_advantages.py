@@ -1,7 +1,7 @@
 """One number per episode: GRPO, Dr.GRPO, RLOO, Self-Guide's return. Golden vectors (worked by hand or by an independent
 script), properties, and slow loops that are plainly right.
 
-A differential test against TRL's own numbers is for when TRL is among the test extras.
+`test_trl` compares with the numbers of TRL itself.
 """
 
 import random

@@ -50,23 +50,6 @@ def pad(conversations: Sequence[Encoded], device: torch.device | str = "cpu") ->
 
 
 @dataclass(frozen=True, slots=True)
-class Experience:
-    """What an update learns from: B encoded episodes, each one's (T,) log-probabilities as they were sampled (read
-    at sampled tokens alone), and (B, K) an advantage per turn.
-    """
-
-    encoded: Sequence[Encoded]
-    old: Sequence[Tensor]
-    advantages: Tensor
-
-    def rows(self, chosen: Sequence[int], device: torch.device | str) -> tuple[TokenBatch, Tensor, Tensor]:
-        """Some of the episodes padded: their tokens, (B, T) old log-probabilities and (B, T) advantages per token."""
-        batch = pad([self.encoded[row] for row in chosen], device)
-        old = torch.nn.utils.rnn.pad_sequence([self.old[row] for row in chosen], batch_first=True)
-        return batch, old.to(device), batch.spread(self.advantages[list(chosen)].to(device, torch.float32))
-
-
-@dataclass(frozen=True, slots=True)
 class Stem:
     """Tokens of a conversation, at least one, that a forward pass is given again or for the first time.
 

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agentgym_ig.errors import CheckpointError
+from agentgym_ig.trainers.adapters import is_adapted, load_adapter_state, merged
+from agentgym_ig.trainers.experience import Experience
+from agentgym_ig.trainers.learner import Learner
 
-FORMAT = 1
-KEEP = 2
-"""Checkpoints kept of a run."""
+FORMAT = 2
 
 
 def model_fingerprint(model: Any) -> str:
@@ -24,43 +25,57 @@ def model_fingerprint(model: Any) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-) -> Path:
-    """Write `folder/step-XXXXXX`; it appears only when it is whole. Older ones past the last `KEEP` go.
+def save_checkpoint(folder: Path, step: int, learner: Learner, settings: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write `folder/step-XXXXXX`; it appears only when it is whole. Older ones past the last `keep` go.
 
-    The model part can be loaded with `AutoModelForCausalLM.from_pretrained`.
+    The model can be loaded with `AutoModelForCausalLM.from_pretrained`; of one with adapters it is the adapter, which
+    that finds the base model for. Random states and the place in the data are no part of it: both are functions of the
+    seed, which is among the settings, and the step.
     """
     target = folder / f"step-{step:06d}"
     partial = _empty(folder / ".partial")
-    _write_model(partial, model, tokenizer)
-    state = optimizer.state_dict()
+    _write_model(partial, learner.model, learner.tokenizer)
+    state = learner.optimizer.state_dict()
     tensors = {f"{i}.{name}": value.contiguous() for i, own in state["state"].items() for name, value in own.items()}
     save_file(tensors, partial / "optimizer.safetensors")
+    if learner.critic is not None:
+        save_file(_whole(learner.critic.state_dict()), partial / "critic.safetensors")
+    for number, batch in enumerate(learner.replay):
+        save_file(batch.tensors(), partial / f"replay-{number}.safetensors")
     about = {
         "format": FORMAT,
         "step": step,
         "settings": settings,
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(learner.model),
         "param_groups": state["param_groups"],
+        "schedule": learner.schedule.state_dict(),
+        "replay": len(learner.replay),
     }
     (partial / "state.json").write_text(json.dumps(about, indent=1) + "\n")
     _put(partial, target)
-    for old in checkpoints(folder)[:-KEEP]:
+    for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Model and tokenizer in the layout of the Hugging Face hub. The folder is replaced, and only by a whole one."""
+    """Model and tokenizer in the layout of the Hugging Face hub, adapters merged into the weights.
+
+    The folder is replaced, and only by a whole one.
+    """
     partial = _empty(folder.with_name(f".{folder.name}.partial"))
-    _write_model(partial, model, tokenizer)
+    _write_model(partial, merged(model) if is_adapted(model) else model, tokenizer)
     _put(partial, folder)
 
 
 def _write_model(folder: Path, model: Any, tokenizer: Any) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies that share no memory, as safetensors wants them."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def _empty(folder: Path) -> Path:
@@ -94,13 +109,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> int:
-    """Load a checkpoint's weights and optimiser state into place; returns the steps done.
+def restore(folder: Path, learner: Learner, settings: dict[str, Any]) -> int:
+    """Load a checkpoint into the learner; returns the steps done.
 
     Raises CheckpointError when it is of another model, or of a run with other settings.
     """
     state = read_state(folder)
-    if state["model"] != model_fingerprint(model):
+    if state["model"] != model_fingerprint(learner.model):
         raise CheckpointError(
             f"{folder} is of another model than the one given; name the model that the run began with"
         )
@@ -110,11 +125,23 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer, settings
         raise CheckpointError(
             f"{folder} is of a run with other settings: {was}; repeat them, or start in another folder"
         )
-    loaded = type(model).from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(loaded.state_dict())
+    _read_weights(folder, learner)
     own: dict[int, dict[str, Any]] = {}
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         place, _, key = name.partition(".")
         own.setdefault(int(place), {})[key] = tensor
-    optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
+    learner.optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
+    learner.schedule.load_state_dict(state["schedule"])
+    replayed = (load_file(folder / f"replay-{number}.safetensors") for number in range(state["replay"]))
+    learner.replay[:] = map(Experience.from_tensors, replayed)
     return int(state["step"])
+
+
+def _read_weights(folder: Path, learner: Learner) -> None:
+    model = learner.model
+    if is_adapted(model):
+        load_adapter_state(model, load_file(folder / "adapter_model.safetensors"))
+    else:
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+    if learner.critic is not None:
+        learner.critic.load_state_dict(load_file(folder / "critic.safetensors"))

@@ -4,105 +4,64 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from agentgym_ig.answers import score as answer_score
-from agentgym_ig.belief import ALIAS_POLICIES, combine_aliases, with_belief
-from agentgym_ig.envs.rollout import Start, VectorSearch, rollout
-from agentgym_ig.lm.encode import Encoded
+from agentgym_ig.answers import score
+from agentgym_ig.envs.rollout import VectorSearch
+from agentgym_ig.envs.wrappers import channels_of, layers
+from agentgym_ig.errors import CheckpointError
 from agentgym_ig.lm.policy import TransformersPolicy
-from agentgym_ig.trainers.batch import Experience, pad
+from agentgym_ig.trainers.adapters import is_adapted
+from agentgym_ig.trainers.alarms import alarms
 from agentgym_ig.trainers.checkpoint import checkpoints, restore, save_checkpoint, save_model
+from agentgym_ig.trainers.collect import collect, timed
+from agentgym_ig.trainers.config import TrainConfig
+from agentgym_ig.trainers.critic import Critic
+from agentgym_ig.trainers.experience import Batch, Experience
 from agentgym_ig.trainers.interrupt import Interruptible
-from agentgym_ig.trainers.losses import AGGREGATIONS, clip_fraction, clipped_loss, token_weights
-from agentgym_ig.trainers.recipes import Estimator
-from agentgym_ig.trainers.scoring import Scorer, token_logprobs
-from agentgym_ig.types import Stop, Trajectory
+from agentgym_ig.trainers.learner import Learner, make_learner
+from agentgym_ig.trainers.recipes import Recipe
+from agentgym_ig.trainers.reference import reference_of, weights_digest
+from agentgym_ig.trainers.trackers import trackers
+from agentgym_ig.trainers.update import Update
+from agentgym_ig.types import Stop
 
 METRICS_FILE = "metrics.jsonl"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A run's settings beside its recipe. The defaults are those of the IGPO paper where it states them."""
-
-    steps: int = 100
-    """Batches of episodes."""
-    questions_per_step: int = 32
-    group_size: int = 16
-    """Episodes per question."""
-    learning_rate: float = 1e-6
-    max_grad_norm: float = 1.0
-    clip: float = 0.2
-    """PPO clip on both sides."""
-    updates_per_step: int = 1
-    """Optimiser steps that a batch is cut into, by episodes."""
-    aggregation: str = "seq-mean-token-mean"
-    """How token losses are averaged; see `losses.token_weights`."""
-    aliases: str = "first"
-    """Which of the accepted answers the belief is about; see `belief.combine_aliases`."""
-    micro_batch: int = 16
-    """Episodes per forward and backward pass: lower it if memory runs out; results stay the same."""
-    evaluate_every: int = 10
-    """Steps between evaluations; 0 for none."""
-    save_every: int = 10
-    """Steps between checkpoints."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(f"group_size={self.group_size} gives every advantage 0; use 2 or more")
-        small = [
-            name
-            for name in ("steps", "questions_per_step", "updates_per_step", "micro_batch", "save_every")
-            if getattr(self, name) < 1
-        ]
-        if small:
-            raise ValueError(f"{', '.join(small)} must be 1 or more")
-        if not self.learning_rate > 0 or not 0 < self.clip < 1:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0 and clip={self.clip} between 0 and 1")
-        choices = {"aggregation": AGGREGATIONS[:3], "aliases": ALIAS_POLICIES}  # the fourth needs a constant of its own
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        episodes = self.questions_per_step * self.group_size
-        if episodes < self.updates_per_step:
-            raise ValueError(f"{episodes} episodes cannot be cut into updates_per_step={self.updates_per_step}")
-
-
 @dataclass(frozen=True)
 class Run:
-    """All parts of a training run. `evaluate` returns figures to log, given the policy."""
+    """All parts of a training run. `evaluate` returns figures to log, given the policy; `log_with` names trackers."""
 
     policy: TransformersPolicy
     env: VectorSearch
-    recipe: Estimator
-    recipe_name: str
+    recipe: Recipe
     config: TrainConfig
     out: Path
     evaluate: Callable[[TransformersPolicy], dict[str, Any]] | None = None
+    log_with: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
         rules = asdict(replace(self.env.rules, weights=dict(self.env.rules.weights)))
-        task = json.dumps({"questions": sorted(self.env.questions), "rules": rules}, sort_keys=True)
-        free = ("steps", "micro_batch", "evaluate_every", "save_every")  # change nothing about a step
+        # A weight that changes by a function of the user's is theirs to repeat.
+        channels = {own.channel.name: None if callable(own.weight) else own.weight for own in layers(self.env)}
+        questions = {name: asdict(own) for name, own in sorted(self.env.questions.items())}
+        task = json.dumps({"questions": questions, "rules": rules, "channels": channels}, sort_keys=True)
+        # These change nothing about a step; how many there will be, only where something depends on the share done.
+        free = ["micro_batch", "evaluate_every", "save_every", "keep", "max_skipped_updates"]
+        if self.config.schedule == "constant_with_warmup" and not self.recipe.guided:
+            free.append("steps")
         return {
-            "recipe": self.recipe_name,
+            "recipe": self.recipe.settings,
             "task": hashlib.sha256(task.encode()).hexdigest()[:16],
             "temperature": self.policy.temperature,
             "max_new_tokens": self.policy.max_new_tokens,
-            **vars(self.recipe),
             **{name: value for name, value in asdict(self.config).items() if name not in free},
         }
 
@@ -118,32 +77,88 @@ def train(run: Run, *, resume: bool = False, progress: Progress = lambda done, m
     saves it and raises KeyboardInterrupt.
 
     Raises ValueError for a greedy policy, FileExistsError when `out` already holds a run and `resume` is not set,
-    FileNotFoundError when there is nothing to resume, and CheckpointError when what is there does not fit this run.
+    FileNotFoundError when there is nothing to resume, CheckpointError when what is there does not fit this run, and
+    FloatingPointError when more updates than allowed were not finite.
     """
-    if run.policy.temperature <= 0:
-        raise ValueError(f"temperature={run.policy.temperature} samples no alternatives to learn from; use one above 0")
-    # The model stays in evaluation mode: with dropout the first update would not be on-policy.
-    model, config = run.policy.model.eval(), run.config
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    begun = _begin(run, optimizer, resume)
-    with Interruptible() as interrupt:
-        for step in range(begun, config.steps):
-            metrics = train_step(run, optimizer, step)
+    config, folder = run.config, run.out / "checkpoints"
+    learner, settings = begin(run)
+    history = _history(run, learner, settings, resume)
+    tracked = trackers(run.log_with, run.out, run.out.name, settings, begun=len(history))
+    with tracked as track, Interruptible() as interrupt:
+        for step in range(len(history), config.steps):
+            metrics = train_step(run, learner, step)
             done = step + 1
             if run.evaluate and config.evaluate_every and done % config.evaluate_every == 0:
                 metrics["evaluation"] = run.evaluate(run.policy)
+            history.append(metrics)
+            metrics["alarms"] = [str(alarm) for alarm in alarms(history)]
             _append(run.out / METRICS_FILE, metrics)
+            track(metrics, done)
             progress(done, metrics)
+            _stop_if_not_finite(history, config)
             if done % config.save_every == 0 or done == config.steps or interrupt.asked:
-                tokenizer = run.policy.encoder.tokenizer
-                save_checkpoint(run.out / "checkpoints", done, model, tokenizer, optimizer, run.settings)
+                save_checkpoint(folder, done, learner, settings, keep=config.keep)
             interrupt.check()
-    save_model(run.out / "model", model, run.policy.encoder.tokenizer)
+    save_model(run.out / "model", learner.model, learner.tokenizer)
     return run.out / "model"
 
 
-def _begin(run: Run, optimizer: torch.optim.Optimizer, resume: bool) -> int:
-    """Prepare the output folder, restore if asked to, and return the steps already done."""
+def train_step(run: Run, learner: Learner, step: int) -> dict[str, Any]:
+    """One batch: play it, score it, and update on it. Returns the step's metrics; `step` in them counts from 1.
+
+    Earlier batches that are still learned from keep their advantages and the log-probabilities that they had.
+    """
+    collected = collect(run, learner, step)
+    metrics: dict[str, Any] = {"step": step + 1, **collected.figures}
+    if collected.learned is not None and collected.batch is not None:
+        metrics |= summary(collected.batch, collected.learned)
+        seconds: dict[str, float] = {}
+        update = Update(
+            learner, run.recipe, run.config, temperature=run.policy.temperature, longest=longest_episode(run)
+        )
+        with timed(seconds, "update_s"):
+            metrics |= update(Experience.joined([*learner.replay, collected.learned]), step)
+        metrics |= seconds
+        kept = [*learner.replay, collected.learned]
+        learner.replay[:] = kept[max(len(kept) - run.config.replay, 0) :]
+    with warnings.catch_warnings():  # a first step without an update is no mistake here
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
+        learner.schedule.step()
+    return {name: round(value, 4) if name.endswith("_s") else value for name, value in metrics.items()}
+
+
+def begin(run: Run) -> tuple[Learner, dict[str, Any]]:
+    """The learner at the beginning of a run, and the run's settings, with the weights that a checkpoint relies on.
+
+    Raises ValueError for a policy that samples nothing to learn from, and for a recipe without the channels it needs.
+    """
+    if run.policy.temperature <= 0:
+        raise ValueError(f"temperature={run.policy.temperature} samples no alternatives to learn from; use one above 0")
+    if run.recipe.guided and "self_guide" not in {channel.name for channel in channels_of(run.env)}:
+        raise ValueError("this recipe reads the channel self_guide; train on add_channel(env, SelfGuide())")
+    model, settings = run.policy.model, run.settings
+    critic = Critic(model) if run.recipe.critic else None
+    learner = make_learner(model, run.policy.encoder.tokenizer, run.config, critic=critic)
+    if run.recipe.reads_reference:
+        reference = reference_of(model)
+        learner = replace(
+            learner,
+            reference=lambda encoded: reference.logprobs(
+                encoded, temperature=run.policy.temperature, batch_size=run.config.micro_batch
+            ),
+        )
+    if run.recipe.reads_reference or is_adapted(model):
+        settings["base_weights"] = weights_digest(model)
+    return learner, settings
+
+
+def longest_episode(run: Run) -> int:
+    """Tokens that the policy can write in an episode at most."""
+    return int(run.policy.max_new_tokens * run.env.rules.max_turns)
+
+
+def _history(run: Run, learner: Learner, settings: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
+    """Prepare the output folder, restore if asked to, and return the metrics of the steps already done."""
     found, log = checkpoints(run.out / "checkpoints"), run.out / METRICS_FILE
     if not resume:
         if found or log.exists():
@@ -151,13 +166,17 @@ def _begin(run: Run, optimizer: torch.optim.Optimizer, resume: bool) -> int:
                 f"{run.out} already holds a run; add --resume to go on with it, or give another folder"
             )
         run.out.mkdir(parents=True, exist_ok=True)
-        return 0
+        return []
     if not found and not log.exists():
         raise FileNotFoundError(f"{run.out} holds no run to resume; start it without --resume")
-    begun = restore(found[-1], run.policy.model, optimizer, run.settings) if found else 0
+    begun = restore(found[-1], learner, settings) if found else 0
     lines = log.read_text().splitlines()[:begun]  # one line a step; those after the checkpoint will be done again
-    log.write_text("".join(f"{line}\n" for line in lines))
-    return begun
+    if len(lines) < begun:
+        raise CheckpointError(f"{log} has {len(lines)} of the {begun} steps of {found[-1]}; start in another folder")
+    partial = log.with_name(f".{log.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in lines))
+    partial.replace(log)  # in one go: a run that is killed here must not lose the steps that it has done
+    return [json.loads(line) for line in lines]
 
 
 def _append(path: Path, metrics: dict[str, Any]) -> None:
@@ -165,111 +184,33 @@ def _append(path: Path, metrics: dict[str, Any]) -> None:
         log.write(json.dumps(metrics) + "\n")
 
 
-def draw_starts(questions: Sequence[str], config: TrainConfig, step: int) -> list[Start]:
-    """The episodes of a step: `group_size` of each drawn question. Depends on seed and step alone."""
-    rng = np.random.default_rng((config.seed, step))
-    repeats = config.questions_per_step > len(questions)
-    drawn = rng.choice(len(questions), config.questions_per_step, replace=repeats).tolist()
-    seeds = rng.integers(2**62, size=(len(drawn), config.group_size)).tolist()
-    return [
-        Start(questions[question], group, seed)
-        for group, (question, own) in enumerate(zip(drawn, seeds, strict=True))
-        for seed in own
-    ]
-
-
-def train_step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    """One batch: play it, score it, and update on it. Returns the step's metrics; `step` in them counts from 1.
-
-    Episodes whose search or reward failed are counted and left out.
-    """
-    clock = [time.perf_counter()]
-    episodes = rollout(run.env, run.policy, draw_starts(sorted(run.env.questions), run.config, step))
-    clock.append(time.perf_counter())
-    kept, encoded, old = score_episodes(run, [episode for episode in episodes if not episode.stop.failed])
-    clock.append(time.perf_counter())
-    metrics: dict[str, Any] = {"step": step + 1, "episodes": len(kept), "episodes_failed": len(episodes) - len(kept)}
-    if kept:
-        advantages = run.recipe(kept)
-        learned = Experience(encoded, old, advantages)
-        metrics |= update(run, optimizer, learned, step) | summary(kept, advantages)
-        clock.append(time.perf_counter())
-    phases = zip(("rollout_s", "score_s", "update_s"), np.diff(clock).tolist(), strict=False)
-    return metrics | {name: round(seconds, 4) for name, seconds in phases}
-
-
-def score_episodes(run: Run, episodes: Sequence[Trajectory]) -> tuple[list[Trajectory], list[Encoded], list[Tensor]]:
-    """Read every episode's log-probabilities, and its belief if the recipe needs one, in one packed pass.
-
-    Returns the episodes with their belief and `info_gain` channel filled in, their tokens, and (T,) the
-    log-probability of each sampled token; without those whose belief is not finite.
-    """
-    policy, config = run.policy, run.config
-    scorer = Scorer(
-        policy.model,
-        policy.encoder,
-        run.env.rules.texts,
-        temperature=policy.temperature,
-        batch_size=config.micro_batch,
-    )
-    count = (1 if config.aliases == "first" else None) if run.recipe.needs_belief else 0
-    encoded = [policy.encoder.encode(episode.conversation) for episode in episodes]
-    scored = scorer.score(encoded, [episode.question.answers[:count] for episode in episodes])
-    logprobs = [each.logprobs for each in scored]
-    if not run.recipe.needs_belief:
-        return list(episodes), encoded, logprobs
-    beliefs = [[combine_aliases(own, config.aliases) for own in each.beliefs] for each in scored]
-    kept = [row for row, own in enumerate(beliefs) if all(map(math.isfinite, own))]
-    believed = [with_belief(episodes[row], beliefs[row], log=run.recipe.log_gain) for row in kept]
-    return believed, [encoded[row] for row in kept], [logprobs[row] for row in kept]
-
-
-def update(run: Run, optimizer: torch.optim.Optimizer, learned: Experience, step: int) -> dict[str, float]:
-    """`updates_per_step` optimiser steps over the batch, each over its own part of the episodes."""
-    order = np.random.default_rng((run.config.seed, step, 1)).permutation(len(learned.encoded))
-    parts = np.array_split(order, min(run.config.updates_per_step, len(order)))
-    stats = [_update_on(run, optimizer, learned, part.tolist()) for part in parts]
-    return {name: math.fsum(own[name] for own in stats) / len(stats) for name in stats[0]}
-
-
-def _update_on(run: Run, optimizer: torch.optim.Optimizer, learned: Experience, part: list[int]) -> dict[str, float]:
-    """One optimiser step. Every token's weight is fixed over the whole part before it is cut into micro-batches."""
-    config, model = run.config, run.policy.model
-    part.sort(key=lambda row: len(learned.encoded[row].ids))
-    weights = token_weights(pad([learned.encoded[row] for row in part]).sampled, config.aggregation)
-    loss_sum, cut, tokens = 0.0, 0.0, 0
-    optimizer.zero_grad()
-    for first in range(0, len(part), config.micro_batch):
-        rows = part[first : first + config.micro_batch]
-        batch, old, advantages = learned.rows(rows, model.device)
-        logprobs = token_logprobs(model, batch, run.policy.temperature, wanted=batch.sampled)
-        losses = clipped_loss(logprobs, old, advantages, clip_low=config.clip, clip_high=config.clip)
-        loss = (losses * weights[first : first + len(rows), : losses.shape[1]].to(losses)).sum()
-        loss.backward()
-        count = int(batch.sampled.sum())
-        loss_sum, tokens = loss_sum + float(loss.detach()), tokens + count
-        ratios = (logprobs.detach(), old, advantages, batch.sampled)
-        cut += count * clip_fraction(*ratios, clip_low=config.clip, clip_high=config.clip)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-    if not math.isfinite(loss_sum) or not math.isfinite(norm):
+def _stop_if_not_finite(history: Sequence[dict[str, Any]], config: TrainConfig) -> None:
+    skipped = sum(int(row.get("skipped_updates", 0)) for row in history)
+    if skipped > config.max_skipped_updates:
         raise FloatingPointError(
-            f"loss {loss_sum} or gradient norm {norm} is not finite; lower the learning rate and resume"
+            f"{skipped} updates were skipped because their loss or gradient was not finite, more than"
+            f" max_skipped_updates={config.max_skipped_updates}; begin anew with a lower learning rate, or resume with"
+            " a higher limit"
         )
-    optimizer.step()
-    return {"loss": loss_sum, "grad_norm": norm, "clip_fraction": cut / max(tokens, 1), "tokens": tokens}
 
 
-def summary(episodes: Sequence[Trajectory], advantages: Tensor) -> dict[str, float]:
+def summary(batch: Batch, learned: Experience) -> dict[str, float]:
     """What the batch was like: scores, lengths, and how much of it carried a signal."""
-    n = len(episodes)
-    turns = torch.arange(advantages.shape[1]) < torch.tensor([len(episode.turns) for episode in episodes])[:, None]
-    silent = (advantages.abs() < 1e-8) | ~turns
-    return {
-        "em": sum(answer_score("em", episode.answer, episode.question.answers) for episode in episodes) / n,
-        "outcome": sum(episode.total("outcome") for episode in episodes) / n,
-        "turns": sum(len(episode.turns) for episode in episodes) / n,
-        "answered": sum(episode.stop is Stop.ANSWERED for episode in episodes) / n,
-        "malformed": abs(sum(episode.total("format") for episode in episodes)) / n,
-        "info_gain": sum(episode.total("info_gain") for episode in episodes) / n,
-        "no_signal": float(silent.all(1).double().mean()),
+    episodes, n = batch.episodes, len(batch.episodes)
+    tokens, columns = learned.rows(range(n), "cpu")
+    silent = (columns["advantages"].abs() < 1e-8) | ~tokens.sampled
+    written = float(tokens.sampled.sum())
+    figures = {
+        "em": sum(score("em", own.answer, own.question.answers) for own in episodes),
+        "reward": float(batch.outcome.sum()),
+        "outcome": sum(own.total("outcome") for own in episodes),
+        "turns": sum(len(own.turns) for own in episodes),
+        "searches": sum(len(turn.queries) for own in episodes for turn in own.turns),
+        "answered": sum(own.stop is Stop.ANSWERED for own in episodes),
+        "malformed": abs(sum(own.total("format") for own in episodes)),
+        "info_gain": sum(own.total("info_gain") for own in episodes),
+        "no_signal": float(silent.all(1).sum()),
+        "tokens_per_episode": written,
     }
+    nats = -float(batch.column("old")[tokens.sampled].sum())
+    return {name: value / n for name, value in figures.items()} | {"entropy": nats / max(written, 1.0)}

@@ -46,16 +46,39 @@ def token_logprobs(
     # No attention mask: padding stands on the right, where causal attention does not look.
     inputs = {"input_ids": batch.ids, "past_key_values": cache, "use_cache": cache is not None}
     values = _logprobs_at(model, (row, before), batch.ids[row, before + 1], temperature, inputs)
-    return values.new_zeros(batch.ids.shape).index_put((row, before + 1), values)
+    return _placed(values, row, before + 1, batch.ids)
+
+
+def token_entropies(
+    model: Model, batch: TokenBatch, temperature: float = 1.0, *, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, T) log-probabilities as `token_logprobs` gives them, and (B, T) the entropy of the distribution that each
+    wanted token was drawn from, in nats. Both differentiable.
+    """
+    row, before = wanted[:, 1:].nonzero(as_tuple=True)
+    logits = _logits_at(model, (row, before), temperature, {"input_ids": batch.ids, "use_cache": False})
+    values = -cross_entropy(logits, batch.ids[row, before + 1], reduction="none")
+    every = logits.log_softmax(-1)
+    entropies = -(every.exp() * every).sum(-1)
+    return _placed(values, row, before + 1, batch.ids), _placed(entropies, row, before + 1, batch.ids)
+
+
+def _placed(values: Tensor, row: Tensor, column: Tensor, ids: Tensor) -> Tensor:
+    """(N,) values at their rows and columns of (B, T) zeros."""
+    return values.new_zeros(ids.shape).index_put((row, column), values)
 
 
 def _logprobs_at(
     model: Model, places: tuple[Tensor, Tensor], tokens: Tensor, temperature: float, inputs: dict[str, Any]
 ) -> Tensor:
     """(N,) log-probability of each of `tokens` (N,) under the output at its row and column, (N,) each."""
+    return -cross_entropy(_logits_at(model, places, temperature, inputs), tokens, reduction="none")
+
+
+def _logits_at(model: Model, places: tuple[Tensor, Tensor], temperature: float, inputs: dict[str, Any]) -> Tensor:
+    """(N, vocabulary) float32, divided by the temperature."""
     with alone_with(model), _output_only_at(model, places):
-        logits = model(**inputs).logits[0]
-    return -cross_entropy(logits.float() / temperature, tokens, reduction="none")
+        return model(**inputs).logits[0].float() / temperature
 
 
 @contextmanager

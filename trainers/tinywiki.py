@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from agentgym_ig.envs.tinywiki import TINYWIKI_RULES, tinywiki_index, tinywiki_q
 from agentgym_ig.indexes.base import Index
 from agentgym_ig.lm.policy import TransformersPolicy, load_model
 from agentgym_ig.tinywiki import World
-from agentgym_ig.trainers.loop import TrainConfig
+from agentgym_ig.trainers.config import TrainConfig
+from agentgym_ig.trainers.recipes import Recipe, recipe, with_kl
 
 WARM_START = "tinywiki"
 """Names the shipped policy where a model's name is asked for."""
@@ -45,10 +47,14 @@ def tiny_config(seed: int, steps: int = 80) -> TrainConfig:
         questions_per_step=8,
         group_size=12,
         learning_rate=5e-4,
-        aggregation="token-mean",
         micro_batch=96,
         seed=seed,
     )
+
+
+def tiny_recipe(name: str) -> Recipe:
+    """A recipe without its KL and entropy terms: the small policy has far to go from a start not worth keeping to."""
+    return replace(with_kl(recipe(name), 0.0), entropy=0.0)
 
 
 def training_world(seed: int) -> World:

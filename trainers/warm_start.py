@@ -22,6 +22,7 @@ from transformers import get_wsd_schedule
 from agentgym_ig.envs.rollout import Start, prompts_of, rollout
 from agentgym_ig.envs.search import SearchVectorEnv
 from agentgym_ig.envs.tinywiki import TINYWIKI_BM25, TINYWIKI_RULES
+from agentgym_ig.guide import VERDICTS
 from agentgym_ig.indexes.bm25 import Bm25Index
 from agentgym_ig.lm.encode import ConversationEncoder, Encoded
 from agentgym_ig.lm.tiny import tiny_model, tiny_tokenizer
@@ -52,6 +53,13 @@ class WarmStartConfig:
     """Fact seen: answer with it."""
     wrong_answer: float = 0.40
     """Fact seen: answer with another value of the last article."""
+    wrong_relation: bool = False
+    """Wrong answers never are of the relation asked for. Else a small policy, which can hardly tell whether the fact
+    has been seen, answers right more often than its demonstrator."""
+    shares: tuple[float, ...] = (0.1, 0.27, 0.315, 0.315)
+    """Demonstrations after `lookup_steps`: the share of plain reading, then of questions of one hop, two hops, …"""
+    right_verdict: float | None = None
+    """With Self-Guide's block in front of every action: the chance that its verdict is right. None: no block."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lookup_steps <= self.steps or self.batch_size < 1:
@@ -60,6 +68,10 @@ class WarmStartConfig:
             )
         if self.right + self.first + self.again > 1 or self.answer + self.wrong_answer > 1:
             raise ValueError("the habits of one situation must not add up to more than 1")
+        if not 2 <= len(self.shares) <= 5 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-9:
+            raise ValueError(f"shares={self.shares} must be those of reading and of one to four hops, and add up to 1")
+        if self.right_verdict is not None and not 0 <= self.right_verdict <= 1:
+            raise ValueError(f"right_verdict={self.right_verdict} is a chance from 0 to 1, or None for no guide block")
 
 
 class Demonstrator:
@@ -69,10 +81,22 @@ class Demonstrator:
         self.config, self.world, self.paths = config, world, paths
 
     def __call__(self, question: Question, conversation: Conversation) -> str:
-        """The next action."""
+        """The next action, behind a guide block if the config wants one."""
         path = self.paths[question.id]
-        rng = np.random.default_rng((conversation.seed, conversation.turn))
         seen = [_title(message.text) for message in conversation.messages if message.role == "tool"]
+        return self._guide(path, seen, conversation) + self._action(path, seen, conversation)
+
+    def _guide(self, path: Path, seen: list[str], conversation: Conversation) -> str:
+        chance = self.config.right_verdict
+        if chance is None:
+            return ""
+        rng = np.random.default_rng((conversation.seed, conversation.turn, 1))  # so that the actions stay the same
+        right = true_verdict(path, seen)
+        wrong = [verdict for verdict in VERDICTS if verdict != right]
+        return f"<guide>{right if rng.random() < chance else wrong[rng.integers(len(wrong))]}</guide>"
+
+    def _action(self, path: Path, seen: list[str], conversation: Conversation) -> str:
+        rng = np.random.default_rng((conversation.seed, conversation.turn))
         if not seen:
             return f"<search>{path.kind} {path.entities[0]}</search>"
         found = path.entities[-2] in seen
@@ -107,8 +131,12 @@ class Demonstrator:
 
     def _other(self, path: Path, title: str, rng: Generator) -> str:
         """A value of the last article that is not the answer."""
-        values = [f"{relation} {value}" for relation, value in self.world.facts[title].items()]
-        wrong = [value for value in values if value != f"{path.relations[-1]} {path.entities[-1]}"]
+        asked, gold = path.relations[-1], path.entities[-1]
+        wrong = [
+            f"{relation} {value}"
+            for relation, value in self.world.facts[title].items()
+            if relation != asked or (value != gold and not self.config.wrong_relation)
+        ]
         return f"<answer>{wrong[rng.integers(len(wrong))]}</answer>"
 
     def _first_link(self, path: Path, title: str) -> str:
@@ -116,6 +144,16 @@ class Demonstrator:
             if self.world.facts[value]:
                 return f"<search>{relation} {value}</search>"
         return f"<search>{path.kind} {path.entities[0]}</search>"
+
+
+def true_verdict(path: Path, seen: Sequence[str]) -> str:
+    """How a search stands that has read the articles `seen`, last one last.
+
+    Positive with the article that states the answer among them, negative when the last one is beside the path.
+    """
+    if path.entities[-2] in seen:
+        return "positive"
+    return "negative" if seen and seen[-1] not in path.entities else "neutral"
 
 
 def _title(observation: str) -> str:
@@ -139,7 +177,7 @@ class Demonstrations:
         rng = np.random.default_rng((self.config.seed, step))
         world, index = self._world(step // 2)
         early = step < self.config.lookup_steps
-        shares = (0.8, 0.2, 0.0, 0.0) if early else (0.1, 0.27, 0.315, 0.315)
+        shares = (0.8, 0.2, 0.0, 0.0) if early else self.config.shares
         lookup, *hops = rng.multinomial(self.config.batch_size, shares).tolist()
         conversations = [_lookup(world, rng) for _ in range(lookup)]
         paths = [
@@ -167,7 +205,7 @@ def _lookup(world: World, rng: Generator) -> Conversation:
     title, *values = (names[i] for i in rng.permutation(len(names))[:4])
     facts = dict(zip(relations.tolist(), values, strict=True))
     article = f"{title} is a film, {', '.join(f'{linking[r]} {r} {value}' for r, value in facts.items())}."
-    messages = [Message("tool", f"<information>{article}</information>")]
+    messages = [Message("user", f"<information>{article}</information>")]
     for relation in rng.permutation(relations).tolist():
         messages.append(Message("tool", f"What is the {relation} of the film {title}?"))
         messages.append(Message("assistant", f"<answer>{relation} {facts[relation]}</answer>"))
@@ -191,13 +229,26 @@ def warm_start(
     Equal configs give equal weights on one machine with one torch thread. `progress` gets the step and its loss.
     """
     tokenizer, model = tiny_tokenizer(), tiny_model(config.seed)
+    imitate(model, tokenizer, config, progress=progress)
+    return model, tokenizer
+
+
+def imitate(
+    model: Any,
+    tokenizer: Any,
+    config: WarmStartConfig,
+    *,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Train a TinyWiki policy in place on the configured demonstrations. One that reads already needs no lookups."""
     demonstrations = Demonstrations(config, ConversationEncoder(tokenizer))
     opens = int(tokenizer.convert_tokens_to_ids("<information>"))  # type: ignore[arg-type]  # one token, one id
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = min(50, config.steps)
     schedule = get_wsd_schedule(
         optimizer,
-        num_warmup_steps=min(50, config.steps),
-        num_decay_steps=config.steps - config.lookup_steps,
+        num_warmup_steps=warmup,
+        num_decay_steps=config.steps - max(warmup, config.lookup_steps),
         num_training_steps=config.steps,
         decay_type="linear",
     )
@@ -211,7 +262,6 @@ def warm_start(
         schedule.step()
         progress(step, float(loss.detach()))
     model.eval()
-    return model, tokenizer
 
 
 def _supervised_loss(model: Any, batch: Sequence[Encoded], opens: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from agentgym_ig.commands import index
 from agentgym_ig.commands.console import console
 from agentgym_ig.commands.evaluate import evaluate
 from agentgym_ig.commands.quickstart import quickstart
+from agentgym_ig.commands.sft import sft
 from agentgym_ig.commands.train import train
 from agentgym_ig.errors import AgentGymError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.add_typer(index.app, name="index")
 app.command("eval")(evaluate)
 app.command()(train)
+app.command()(sft)
 app.command()(quickstart)
 
 

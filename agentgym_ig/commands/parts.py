@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentgym_ig.envs.channels import SelfGuide
 from agentgym_ig.envs.datasets import question_file
 from agentgym_ig.envs.episode import Rules
 from agentgym_ig.envs.evaluate import Suite, suite_datasets
 from agentgym_ig.envs.gold import gold_passages
-from agentgym_ig.envs.rollout import prompts_of
+from agentgym_ig.envs.rollout import VectorSearch, prompts_of
 from agentgym_ig.envs.search import SearchVectorEnv
+from agentgym_ig.envs.wrappers import add_channel
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.indexes.base import StoredIndex
 from agentgym_ig.indexes.opening import open_indexes
 from agentgym_ig.indexes.sources import read_questions
 from agentgym_ig.policies import Policy, RandomPolicy, oracle, search_once
+from agentgym_ig.prompts import with_guide
 from agentgym_ig.types import Question
 
 Indexes = Annotated[
@@ -33,7 +36,9 @@ Device = Annotated[str | None, typer.Option(help="Where a dense index computes; 
 Cache = Annotated[Path | None, typer.Option(help="Keep results in this file, for later runs too.")]
 
 if TYPE_CHECKING:
-    from agentgym_ig.trainers.loop import TrainConfig
+    from agentgym_ig.lm.policy import TransformersPolicy
+    from agentgym_ig.trainers.config import TrainConfig
+    from agentgym_ig.trainers.recipes import Recipe
 
 
 def prepare_for_small_models() -> None:
@@ -85,35 +90,66 @@ def open_suite(
     return Suite(name, found, open_indexes(index), Rules(**overrides))
 
 
+def open_recipe(name: str, suite: str, *, kl: float | None, entropy: float | None) -> Recipe:
+    """A recipe by name, TinyWiki's without a KL and entropy term, and with those weights that are given."""
+    from agentgym_ig.trainers.recipes import recipe, with_kl
+    from agentgym_ig.trainers.tinywiki import tiny_recipe
+
+    chosen = tiny_recipe(name) if suite == "tinywiki" else recipe(name)
+    chosen = chosen if kl is None else with_kl(chosen, kl)
+    return chosen if entropy is None else replace(chosen, entropy=entropy)
+
+
 def open_training(
     suite: str,
     questions: Path | None,
     index: Sequence[str] | None,
     overrides: Mapping[str, Any],
     given: Mapping[str, Any],
+    recipe: Recipe,
+    *,
     seed: int,
-) -> tuple[TrainConfig, SearchVectorEnv]:
+) -> tuple[TrainConfig, VectorSearch]:
     """Settings and environment to train in: the suite's in-domain datasets, or a TinyWiki training world.
 
-    `given` are fields of `TrainConfig`; those that are None keep the suite's own.
+    `given` are fields of `TrainConfig`; those that are None keep the suite's own, or the recipe's.
     """
-    from agentgym_ig.trainers.loop import TrainConfig
+    from agentgym_ig.trainers.config import TrainConfig
     from agentgym_ig.trainers.tinywiki import tiny_config, training_env, training_world
 
     tiny = suite == "tinywiki"
-    config = tiny_config(seed) if tiny else TrainConfig(seed=seed)
+    config = tiny_config(seed) if tiny else TrainConfig(seed=seed, **recipe.preset)
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
     places = config.questions_per_step * config.group_size
     if tiny:
-        env = training_env(training_world(seed), places)
-        rules = replace(env.rules, **overrides)
-        return config, SearchVectorEnv(env.index, list(env.questions.values()), places, rules)
-    asked = open_suite(suite, questions, index, None, overrides)
-    domains = suite_datasets(suite)
-    own = {name: found for name, found in asked.questions.items() if domains[name] == "in_domain"}
-    if not own:
-        raise ValueError(f"{questions} holds no in-domain dataset of suite {suite!r}, so there is nothing to train on")
-    return config, replace(asked, questions=own).env(places)
+        made = training_env(training_world(seed), places)
+        env = SearchVectorEnv(made.index, list(made.questions.values()), places, replace(made.rules, **overrides))
+    else:
+        asked = open_suite(suite, questions, index, None, overrides)
+        domains = suite_datasets(suite)
+        own = {name: found for name, found in asked.questions.items() if domains[name] == "in_domain"}
+        if not own:
+            raise ValueError(
+                f"{questions} holds no in-domain dataset of suite {suite!r}, so there is nothing to train on"
+            )
+        rules = replace(asked.rules, prompt=with_guide(asked.rules.texts)) if recipe.guided else asked.rules
+        env = replace(asked, questions=own, rules=rules).env(places)
+    return config, add_channel(env, SelfGuide()) if recipe.guided else env
+
+
+def open_learner(
+    name: str, device: str, lora_rank: int | None, *, temperature: float, max_new_tokens: int
+) -> TransformersPolicy:
+    """A model to be trained, in float32, with a fresh adapter if there is a rank."""
+    from agentgym_ig.lm.policy import TransformersPolicy
+    from agentgym_ig.trainers.tinywiki import load_policy_model
+
+    model, tokenizer = load_policy_model(name, device)
+    if lora_rank is not None:
+        from agentgym_ig.trainers.adapters import with_lora
+
+        model = with_lora(model, rank=lora_rank, alpha=2 * lora_rank)
+    return TransformersPolicy(model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens)
 
 
 def open_policy(

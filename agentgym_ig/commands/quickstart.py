@@ -45,7 +45,7 @@ class Settings:
 
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for everything; run again with the same one to go on.")],
-    recipe: Annotated[str, typer.Option(help="igpo or grpo.")] = "igpo",
+    recipe: Annotated[str, typer.Option(help="A method, as for train.")] = "igpo",
     compare: Annotated[bool, typer.Option("--compare", help="Train with GRPO too and show both.")] = False,
     seed: Annotated[int, typer.Option(help="Of the worlds and all random draws.")] = 0,
     steps: Annotated[int, typer.Option(help="Training steps of 96 episodes each.")] = 80,
@@ -56,10 +56,10 @@ def quickstart(
 ) -> None:
     """Build TinyWiki and its index, evaluate the small policy, train it, evaluate again, write a report."""
     from agentgym_ig.commands.parts import prepare_for_small_models
-    from agentgym_ig.trainers.recipes import recipe as recipe_by_name
+    from agentgym_ig.trainers.tinywiki import tiny_recipe
 
     prepare_for_small_models()
-    recipe_by_name(recipe)
+    tiny_recipe(recipe)
     settings = Settings(recipe, seed, steps, questions, from_scratch)
     _claim(out, settings)
     command = (
@@ -183,8 +183,7 @@ def _trained(
     """The folder of the trained model; trains it, or goes on training it, if need be."""
     from agentgym_ig.envs.evaluate import evaluate
     from agentgym_ig.trainers.loop import METRICS_FILE, Run, train
-    from agentgym_ig.trainers.recipes import recipe
-    from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_config, tiny_policy, training_env
+    from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_config, tiny_policy, tiny_recipe, training_env
 
     folder = out / "model"
     if (folder / "config.json").is_file():
@@ -192,7 +191,7 @@ def _trained(
     config = tiny_config(settings.seed, settings.steps)
     env = training_env(world, config.questions_per_step * config.group_size, index)
     policy = tiny_policy(*load_policy_model(start))
-    run = Run(policy, env, recipe(name), name, config, out, lambda p: evaluate(p, validation).domains())
+    run = Run(policy, env, tiny_recipe(name), config, out, lambda p: evaluate(p, validation).domains())
     with bar(f"training {name}", settings.steps) as advance:
         train(
             run,

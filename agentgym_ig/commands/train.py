@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,10 +18,16 @@ from agentgym_ig.commands.evaluate import (
     rules_set_by_user,
 )
 
+LoraOption = Annotated[int | None, typer.Option(help="Train a LoRA adapter of this rank, not all weights (peft).")]
+Bf16Option = Annotated[bool, typer.Option("--bf16", help="Forward passes in bfloat16; weights stay in float32.")]
+CheckpointingOption = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Less memory for a slower update; results stay the same.")
+]
+
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    recipe: Annotated[str, typer.Option(help="grpo or igpo.")] = "igpo",
+    recipe: Annotated[str, typer.Option(help="A method, or several joined by +, as in igpo+gipo.")] = "igpo",
     model: Annotated[
         str, typer.Option(help="tinywiki (the shipped small policy), a folder or a hub name.")
     ] = "tinywiki",
@@ -31,51 +37,73 @@ def train(
     questions: QuestionsOption = None,
     index: IndexOption = None,
     steps: Annotated[int | None, typer.Option(help="Batches of episodes (80 for tinywiki, else 100).")] = None,
-    questions_per_step: Annotated[int | None, typer.Option(help="8 for tinywiki, else 32.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Episodes per question: 12 for tinywiki, else 16.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="5e-4 for tinywiki, else 1e-6.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Episodes per pass: lower it if memory runs out.")] = None,
+    questions_per_step: Annotated[int | None, typer.Option(help="8 for tinywiki, else the recipe's.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Episodes per question: 12 for tinywiki.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="5e-4 for tinywiki, else the recipe's.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps over which the learning rate rises.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant_with_warmup, linear or cosine, of the learning rate.")
+    ] = None,
     updates_per_step: Annotated[int | None, typer.Option(help="Optimiser steps per batch.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times that a step goes through its batch.")] = None,
+    replay: Annotated[int | None, typer.Option(help="Earlier batches learned from again beside each new one.")] = None,
+    kl: Annotated[float | None, typer.Option(help="Weight of the KL to the first model; 0 for none.")] = None,
+    entropy: Annotated[float | None, typer.Option(help="Weight of the entropy bonus.")] = None,
+    lora_rank: LoraOption = None,
+    bf16: Bf16Option = False,
+    gradient_checkpointing: CheckpointingOption = False,
+    micro_batch: Annotated[int | None, typer.Option(help="Episodes per pass: lower it if memory runs out.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per action.")] = 256,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     top_k: TopKOption = None,
     max_turns: MaxTurnsOption = None,
     prompt: PromptOption = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints kept.")] = None,
+    log_with: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Of all random draws, and of TinyWiki's training world.")] = 0,
     device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
 ) -> None:
     """Train a model; writes metrics.jsonl, checkpoints and, at the end, the model."""
-    from agentgym_ig.commands.parts import open_training, prepare_for_small_models
-    from agentgym_ig.lm.policy import TransformersPolicy
+    from agentgym_ig.commands.parts import open_learner, open_recipe, open_training, prepare_for_small_models
     from agentgym_ig.trainers.loop import Run
     from agentgym_ig.trainers.loop import train as run_training
-    from agentgym_ig.trainers.recipes import recipe as recipe_by_name
-    from agentgym_ig.trainers.tinywiki import load_policy_model
 
-    chosen = recipe_by_name(recipe)
     given = {
         "steps": steps,
         "questions_per_step": questions_per_step,
         "group_size": group_size,
         "learning_rate": learning_rate,
-        "micro_batch": micro_batch,
+        "warmup_steps": warmup_steps,
+        "schedule": schedule,
         "updates_per_step": updates_per_step,
+        "epochs": epochs,
+        "replay": replay,
+        "bf16": bf16 or None,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "micro_batch": micro_batch,
         "save_every": save_every,
+        "keep": keep,
     }
     if suite == "tinywiki":
         prepare_for_small_models()
         max_new_tokens = min(max_new_tokens, 16)
+    chosen = open_recipe(recipe, suite, kl=kl, entropy=entropy)
     overrides = rules_set_by_user(top_k, max_turns, prompt)
-    config, env = open_training(suite, questions, index, overrides, given, seed)
-    policy = TransformersPolicy(
-        *load_policy_model(model, device), temperature=temperature, max_new_tokens=max_new_tokens
-    )
-    run = Run(policy, env, chosen, recipe, config, out)
+    config, env = open_training(suite, questions, index, overrides, given, chosen, seed=seed)
+    policy = open_learner(model, device, lora_rank, temperature=temperature, max_new_tokens=max_new_tokens)
+    run = Run(policy, env, chosen, config, out, log_with=tuple(log_with or ()))
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar(f"training {recipe}", config.steps) as advance:
-        folder = run_training(
-            run, resume=resume, progress=lambda done, metrics: advance(done, f"EM {metrics.get('em', 0):.2f}")
-        )
+        warned: set[str] = set()
+
+        def note(done: int, metrics: dict[str, Any]) -> None:
+            advance(done, f"EM {metrics.get('em', 0):.2f}")
+            for alarm in metrics["alarms"]:
+                if alarm.partition(":")[0] not in warned:
+                    warned.add(alarm.partition(":")[0])
+                    console.print(f"[yellow]step {done}:[/] {alarm}", highlight=False, soft_wrap=True)
+
+        folder = run_training(run, resume=resume, progress=note)
     console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}")

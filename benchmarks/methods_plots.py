@@ -1,0 +1,87 @@
+"""The plots of the benchmark of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from benchmarks.statistics import mean_and_interval
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = {"id_em": "#1f6feb", "ood_em": "#d9730d"}
+NAMES = {"id_em": "in-domain", "ood_em": "out-of-domain"}
+COLUMNS = 5
+
+
+def plot_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], out: Path) -> None:
+    """A small plot for each recipe: exact match over rollouts, mean and 95 % interval, with GRPO's mean behind it."""
+    rows = -(-len(curves) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(2.6 * COLUMNS, 2.3 * rows), sharex=True, sharey=True)
+    flat = list(np.atleast_1d(axes).flat)
+    for axis, (name, runs) in zip(flat, curves.items(), strict=False):
+        for metric, colour in COLOURS.items():
+            if "grpo" in curves and name != "grpo":
+                grid, mean, _ = _band(curves["grpo"], metric)
+                axis.plot(grid, 100 * mean, color="#999999", lw=1, ls="-" if metric == "id_em" else ":")
+            grid, mean, half = _band(runs, metric)
+            axis.plot(grid, 100 * mean, color=colour, lw=1.8, label=NAMES[metric])
+            axis.fill_between(grid, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.18, lw=0)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.set_ylim(0, 100)
+    for axis in flat[len(curves) :]:
+        axis.axis("off")
+    flat[0].legend(fontsize=8, frameon=False, loc="upper left")
+    figure.supxlabel("training episodes", fontsize=10)
+    figure.supylabel("exact match on unseen entities, %", fontsize=10)
+    figure.suptitle("TinyWiki: mean of five seeds and 95 % interval; GRPO in grey", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def _band(
+    runs: Sequence[Sequence[Mapping[str, Any]]], metric: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Mean and half-width of the interval on one grid of rollouts, as far as all runs go."""
+    end = min(run[-1]["rollouts"] for run in runs)
+    grid = np.linspace(0, end, 25)
+    values = [np.interp(grid, [p["rollouts"] for p in run], [p[metric] for p in run]) for run in runs]
+    means, halves = zip(
+        *(mean_and_interval(list(point)) or (0.0, 0.0) for point in zip(*values, strict=True)), strict=True
+    )
+    return grid, np.array(means), np.array(halves)
+
+
+def plot_staleness(finals: Mapping[tuple[str, int], Sequence[float]], out: Path) -> None:
+    """Final in-domain exact match over updates per batch, for PPO's clip and GIPO."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    for name, colour, label in (("grpo", "#666666", "PPO's clip"), ("gipo", "#1f6feb", "GIPO")):
+        points = sorted(
+            (updates, mean_and_interval(list(own))) for (who, updates), own in finals.items() if who == name
+        )
+        places = [updates for updates, own in points if own]
+        axis.errorbar(
+            places,
+            [100 * own[0] for _, own in points if own],
+            yerr=[100 * own[1] for _, own in points if own],
+            marker="o",
+            capsize=3,
+            color=colour,
+            label=label,
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([1, 4, 16], ["1", "4", "16"])
+    axis.set_xlabel("updates per batch")
+    axis.set_ylabel("final in-domain EM, %")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(out / "methods_staleness.png", dpi=130)
+    plt.close(figure)

@@ -1,0 +1,182 @@
+"""The first half of a training step: draw questions, play them, read their likelihoods, and give advantages."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentgym_ig.belief import combine_aliases, with_belief
+from agentgym_ig.envs.rollout import Start, VectorSearch, rollout
+from agentgym_ig.envs.wrappers import layers
+from agentgym_ig.lm.encode import OBSERVED, Encoded
+from agentgym_ig.trainers.config import TrainConfig
+from agentgym_ig.trainers.critic import read_values
+from agentgym_ig.trainers.dapo import groups_with_signal, overlong_penalty, varied_groups
+from agentgym_ig.trainers.experience import Batch, Experience, experience
+from agentgym_ig.trainers.learner import Learner, precision
+from agentgym_ig.trainers.recipes import Overlong, Recipe
+from agentgym_ig.trainers.scoring import Scorer
+from agentgym_ig.types import Trajectory
+
+if TYPE_CHECKING:
+    from agentgym_ig.trainers.loop import Run
+
+
+OVERLONG = "overlong"
+"""The channel of DAPO's punishment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A step's batch with its advantages; None where no episode was left to learn from. figures: what to log."""
+
+    batch: Batch | None
+    learned: Experience | None
+    figures: dict[str, float]
+
+
+def draw_starts(questions: Sequence[str], config: TrainConfig, step: int, sampling: int = 0) -> list[Start]:
+    """The episodes of a step: `group_size` of each drawn question. Depends on seed, step and sampling round alone."""
+    rng = np.random.default_rng((config.seed, step, 2, sampling) if sampling else (config.seed, step))
+    repeats = config.questions_per_step > len(questions)
+    drawn = rng.choice(len(questions), config.questions_per_step, replace=repeats).tolist()
+    seeds = rng.integers(2**62, size=(len(drawn), config.group_size)).tolist()
+    return [
+        Start(questions[question], sampling * config.questions_per_step + group, seed)
+        for group, (question, own) in enumerate(zip(drawn, seeds, strict=True))
+        for seed in own
+    ]
+
+
+def reward_weights(env: VectorSearch, recipe: Recipe) -> dict[str, float]:
+    """Channel → what it counts in an episode's reward: the environment's weights, at this moment, without the channels
+    that the recipe's estimator reads itself.
+    """
+    weights = dict(env.unwrapped.rules.weights)  # type: ignore[union-attr]  # every VectorSearch has a SearchVectorEnv inside
+    for layer in layers(env):
+        weights[layer.channel.name] = layer.weight() if callable(layer.weight) else layer.weight
+    if recipe.overlong:
+        weights[OVERLONG] = 1.0
+    return {name: weight for name, weight in weights.items() if name not in recipe.own_channels}
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds what the block took, in seconds, to `seconds[name]`."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+def collect(run: Run, learner: Learner, step: int) -> Collected:
+    """Play a step's episodes and give them advantages.
+
+    Left out and counted: episodes whose search or reward failed, that ended before their first turn, or whose belief
+    is not finite. With dynamic sampling groups without signal are dropped, and others drawn, until there are as many
+    as wanted or the rounds are used up; the step then goes on with those it has.
+    """
+    rounds: list[Batch] = []
+    seconds: dict[str, float] = {}
+    played = kept = groups = sampled = 0
+    wanted, dynamic = run.config.questions_per_step, run.recipe.sampling_rounds > 1
+    while groups < wanted and sampled < run.recipe.sampling_rounds:
+        with precision(run.config, run.policy.model.device), timed(seconds, "rollout_s"):
+            starts = draw_starts(sorted(run.env.questions), run.config, step, sampled)
+            episodes = rollout(run.env, run.policy, starts)
+        with precision(run.config, run.policy.model.device), timed(seconds, "score_s"):
+            batch = read(run, [own for own in episodes if own.turns and not own.stop.failed], step)
+        sampled, played = sampled + 1, played + len(episodes)
+        if batch is not None:
+            kept += len(batch.episodes)
+            batch = with_signal(batch, run.recipe) if dynamic else batch
+        if batch is not None:
+            rounds.append(batch)
+            groups += len(batch.group.unique())
+    figures: dict[str, float] = {"episodes_played": played, "episodes_failed": played - kept}
+    if dynamic:
+        figures |= {"sampling_rounds": sampled, "groups_with_signal": groups}
+    batch = _first_groups(rounds, wanted)
+    if batch is None:
+        return Collected(None, None, figures | {"episodes": 0} | seconds)
+    with timed(seconds, "score_s"):
+        with precision(run.config, run.policy.model.device):
+            batch = beside(batch, learner, run.config)
+        learned = experience(batch, run.recipe.estimator(batch))
+    return Collected(batch, learned, figures | {"episodes": len(batch.episodes)} | seconds)
+
+
+def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
+    """The episodes with the log-probabilities of their tokens and, if the recipe reads it, their belief, both read in
+    one packed pass. Without those whose belief is not finite; None where none are left.
+    """
+    policy, config, gain = run.policy, run.config, run.recipe.gain
+    scorer = Scorer(
+        policy.model,
+        policy.encoder,
+        run.env.rules.texts,
+        temperature=policy.temperature,
+        batch_size=config.micro_batch,
+    )
+    count = (1 if config.aliases == "first" else None) if gain else 0
+    encoded = [policy.encoder.encode(episode.conversation) for episode in episodes]
+    scored = scorer.score(encoded, [episode.question.answers[:count] for episode in episodes])
+    if run.recipe.overlong:
+        episodes = _with_overlong(episodes, encoded, run.recipe.overlong)
+    kept: list[tuple[Trajectory, Encoded, Tensor]] = []
+    for episode, own, each in zip(episodes, encoded, scored, strict=True):
+        belief = [combine_aliases(behind, config.aliases) for behind in each.beliefs] if gain else []
+        if all(map(math.isfinite, belief)):
+            kept.append((with_belief(episode, belief, log=gain == "log") if gain else episode, own, each.logprobs))
+    if not kept:
+        return None
+    weights = reward_weights(run.env, run.recipe)
+    return Batch([own for own, _, _ in kept], weights, step / config.steps, *([row[i] for row in kept] for i in (1, 2)))
+
+
+def _with_overlong(episodes: Sequence[Trajectory], encoded: Sequence[Encoded], overlong: Overlong) -> list[Trajectory]:
+    """The episodes with DAPO's punishment as the channel `overlong` of their last turn."""
+    lengths = torch.tensor([sum(turn != OBSERVED for turn in own.turn) for own in encoded])
+    penalties = overlong_penalty(lengths, limit=overlong.limit, buffer=overlong.buffer).tolist()
+    shaped = []
+    for episode, penalty in zip(episodes, penalties, strict=True):
+        *before, last = episode.turns
+        last = replace(last, rewards={**last.rewards, OVERLONG: penalty})
+        shaped.append(replace(episode, turns=(*before, last)))
+    return shaped
+
+
+def with_signal(batch: Batch, recipe: Recipe) -> Batch | None:
+    """The groups that something can be learned from: those with any advantage, where the estimator compares turns
+    within a group, and else those whose outcomes differ. None where no group is left.
+    """
+    advantages = recipe.estimator(batch) if recipe.gain else None
+    if isinstance(advantages, Tensor):
+        return batch.only(groups_with_signal(advantages, batch.group))
+    return batch.only(varied_groups(batch.outcome, batch.group))
+
+
+def _first_groups(rounds: Sequence[Batch], wanted: int) -> Batch | None:
+    if not rounds:
+        return None
+    batch = Batch.joined(rounds)
+    groups = list(dict.fromkeys(batch.group.tolist()))[:wanted]
+    return batch.only(torch.isin(batch.group, torch.tensor(groups)))
+
+
+def beside(batch: Batch, learner: Learner, config: TrainConfig) -> Batch:
+    """The batch with what the reference model and the critic say of its tokens, where the learner has them."""
+    if learner.reference is not None:
+        batch = replace(batch, reference=learner.reference(batch.encoded))
+    if learner.critic is not None:
+        batch = replace(batch, values=read_values(learner.critic, batch.encoded, batch_size=config.micro_batch))
+    return batch

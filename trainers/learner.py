@@ -1,0 +1,71 @@
+"""All that training changes: made together, saved together and restored together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from agentgym_ig.lm.encode import Encoded
+from agentgym_ig.trainers.config import TrainConfig
+from agentgym_ig.trainers.critic import Critic
+from agentgym_ig.trainers.experience import Experience
+from agentgym_ig.trainers.modes import without_dropout
+
+Reference = Callable[[Sequence[Encoded]], list[Tensor]]
+"""From conversations to the (T,) log-probabilities that the policy's tokens have under the reference model."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model in training: the model with its tokenizer, the optimiser and its learning-rate schedule, PPO's critic,
+    the reference that it is held to, and the batches that are still learned from, oldest first.
+    """
+
+    model: Any
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    critic: Critic | None = None
+    reference: Reference | None = None
+    replay: list[Experience] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> list[list[Tensor]]:
+        """What is trained: the policy's parameters, then the critic's; each has its gradients clipped on its own."""
+        return [group["params"] for group in self.optimizer.param_groups]
+
+
+def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Critic | None = None) -> Learner:
+    """A learner at its first step, with AdamW on all parameters that want a gradient.
+
+    The model is left in evaluation mode: with dropout the first update would not be on-policy. Gradient checkpointing
+    works in training mode alone, so for that all dropout is taken out instead.
+    """
+    model.eval()
+    if config.gradient_checkpointing:
+        without_dropout(model)
+        with warnings.catch_warnings():  # transformers 5.23 prefers a name that 5.17 has not
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    groups = [{"params": [own for own in model.parameters() if own.requires_grad], "lr": config.learning_rate}]
+    if critic is not None:
+        groups.append({"params": list(critic.parameters()), "lr": config.critic_learning_rate})
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps)
+    return Learner(model, tokenizer, optimizer, schedule, critic)
+
+
+def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Forward passes in bfloat16 where the config asks for it, the weights and the optimiser staying as they are.
+
+    One context for each phase of a step: within one, autocast keeps its bfloat16 copies of the weights.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16)
