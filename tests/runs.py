@@ -20,7 +20,7 @@ from agentgym_ig.trainers.collect import beside, read
 from agentgym_ig.trainers.experience import Batch
 from agentgym_ig.trainers.journal import METRICS_FILE
 from agentgym_ig.trainers.learner import Learner
-from agentgym_ig.trainers.loop import begin, longest_episode
+from agentgym_ig.trainers.loop import longest_episode, prepare
 from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model, tiny_policy
 from agentgym_ig.trainers.update import Update
 from agentgym_ig.types import Trajectory
@@ -46,7 +46,7 @@ def fresh(
 
 def begun(run: Run, *, rate: float) -> Learner:
     """The run's learner with plain gradient descent, so that a step shows its gradient."""
-    learner, _ = begin(run)
+    learner, _ = prepare(run)
     optimizer = torch.optim.SGD([{"params": own} for own in learner.parameters], lr=rate)
     return replace(learner, optimizer=optimizer, schedule=get_scheduler("constant", optimizer))
 

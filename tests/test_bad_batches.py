@@ -153,5 +153,6 @@ def test_a_log_probability_or_value_that_is_not_finite_is_refused(column: str) -
     batch = usual()
     rows = [own.clone() for own in getattr(batch, column)]
     rows[5][batch.encoded[5].turn.index(0)] = math.nan
+    changed: dict[str, Any] = {column: rows}
     with pytest.raises((ValueError, FloatingPointError), match="not finite"):
-        PPO(kl=0.1)(replace(batch, **{column: rows}))
+        PPO(kl=0.1)(replace(batch, **changed))

@@ -22,7 +22,7 @@ from agentgym_ig.envs.wrappers import add_channel
 from agentgym_ig.trainers import IGPO, Recipe, Run, recipe, train
 from agentgym_ig.trainers.adapters import adapter_state, base_weights, merged, with_lora
 from agentgym_ig.trainers.checkpoint import FORMAT, checkpoints, read_state, restore, save_checkpoint
-from agentgym_ig.trainers.loop import begin, train_step
+from agentgym_ig.trainers.loop import prepare, train_step
 from agentgym_ig.trainers.losses import gipo_loss
 from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_policy
 from tests.runs import fresh, log, paid_env, same, weights
@@ -92,7 +92,7 @@ def test_stopped_and_resumed_equals_never_stopped(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("replay", [0, 1, 2, 3])
 def test_so_many_earlier_batches_are_learned_from_again(replay: int, tmp_path: Path) -> None:
     run = fresh(tmp_path, "gipo", env=paid_env(), replay=replay)
-    learner, settings = begin(run)
+    learner, settings = prepare(run)
     kept: list[Any] = []
     for step in range(5):
         earlier = sum(turn >= 0 for batch in learner.replay for own in batch.encoded for turn in own.turn)
@@ -102,7 +102,7 @@ def test_so_many_earlier_batches_are_learned_from_again(replay: int, tmp_path: P
         assert learner.replay[:-1] == kept[1:] if len(kept) == replay else learner.replay[:-1] == kept
         kept = list(learner.replay)
     folder = save_checkpoint(tmp_path / "checkpoints", 5, learner, settings)
-    again, _ = begin(fresh(tmp_path, "gipo", env=paid_env(), replay=replay))
+    again, _ = prepare(fresh(tmp_path, "gipo", env=paid_env(), replay=replay))
     assert restore(folder, again, settings) == 5
     assert len(again.replay) == replay
     for one, other in zip(learner.replay, again.replay, strict=True):
@@ -111,12 +111,12 @@ def test_so_many_earlier_batches_are_learned_from_again(replay: int, tmp_path: P
 
 
 def saved(run: Run) -> Path:
-    learner, settings = begin(run)
+    learner, settings = prepare(run)
     return save_checkpoint(run.out / "checkpoints", 1, learner, settings, keep=run.config.keep)
 
 
 def resumed(folder: Path, run: Run) -> int:
-    learner, settings = begin(run)
+    learner, settings = prepare(run)
     return restore(folder, learner, settings)
 
 
@@ -164,7 +164,14 @@ def test_what_a_policy_samples_with_is_a_setting(tmp_path: Path) -> None:
 
 def test_settings_that_change_no_step_may_differ(tmp_path: Path) -> None:
     folder = saved(fresh(tmp_path))
-    free = {"micro_batch": 3, "save_every": 7, "keep": 9, "evaluate_every": 3, "max_skipped_updates": 0, "steps": 99}
+    free: dict[str, Any] = {
+        "micro_batch": 3,
+        "save_every": 7,
+        "keep": 9,
+        "evaluate_every": 3,
+        "max_skipped_updates": 0,
+        "steps": 99,
+    }
     assert resumed(folder, fresh(tmp_path, **free)) == 1
 
 
@@ -222,7 +229,7 @@ def test_another_model_format_or_damage_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_last_few_are_kept(keep: int, tmp_path: Path) -> None:
-    learner, settings = begin(fresh(tmp_path))
+    learner, settings = prepare(fresh(tmp_path))
     (tmp_path / "checkpoints" / "step-000009").mkdir(parents=True)  # not whole: it holds no state
     for step in range(1, 6):
         save_checkpoint(tmp_path / "checkpoints", step, learner, settings, keep=keep)

@@ -20,7 +20,7 @@ from agentgym_ig.errors import SearchFailed
 from agentgym_ig.trainers import Overlong, Recipe, Run, recipe
 from agentgym_ig.trainers.collect import collect, draw_starts, read
 from agentgym_ig.trainers.experience import Batch
-from agentgym_ig.trainers.loop import begin, train_step
+from agentgym_ig.trainers.loop import prepare, train_step
 from agentgym_ig.trainers.tinywiki import tiny_policy
 from agentgym_ig.types import Hit, Stop, Trajectory
 from tests.fakes import QUESTIONS, BrokenIndex
@@ -63,6 +63,10 @@ def by_group(episodes: Sequence[Trajectory]) -> dict[int, list[Trajectory]]:
     return groups
 
 
+def paid(episode: Trajectory) -> float:
+    return episode.total("outcome") + 0.1 * episode.total("search_cost")
+
+
 def dapo(rounds: int) -> Recipe:
     return replace(recipe("dapo"), sampling_rounds=rounds)
 
@@ -71,21 +75,23 @@ def kept_by(batch: Batch | None) -> set[tuple[int, int]]:
     return {key(own) for own in batch.episodes} if batch else set()
 
 
-@pytest.mark.parametrize("rounds", [2, 4])
-def test_dynamic_sampling_keeps_the_first_groups_that_vary(rounds: int, tmp_path: Path) -> None:
-    run = fresh(tmp_path, dapo(rounds), env=tiny_env(12))
+@pytest.mark.parametrize(("rounds", "size", "env"), [(2, 4, tiny_env(12)), (6, 2, paid_env(12)), (6, 3, paid_env(12))])
+def test_dynamic_sampling_keeps_the_first_groups_that_vary(
+    rounds: int, size: int, env: VectorSearch, tmp_path: Path
+) -> None:
+    run = fresh(tmp_path, dapo(rounds), env=env, group_size=size)
     played = rounds_of(run, rounds)
     wanted: list[list[Trajectory]] = []
     used = 0
     for own in played:
         if len(wanted) < 3:
             used += 1
-            wanted += [each for each in by_group(own).values() if len({e.total("outcome") for e in each}) > 1]
+            wanted += [each for each in by_group(own).values() if len(set(map(paid, each))) > 1]
     collected = collect(run, begun(run, rate=0.1), 0)
     assert kept_by(collected.batch) == {key(own) for group in wanted[:3] for own in group}
     assert collected.figures["sampling_rounds"] == used
     assert collected.figures["groups_with_signal"] == len(wanted)
-    assert collected.figures["episodes_played"] == 12 * used
+    assert collected.figures["episodes_played"] == 3 * size * used
     assert collected.figures["episodes_failed"] == 0
     assert len(wanted) < len({own.group for each in played for own in each})  # some were dropped
 
@@ -108,7 +114,7 @@ def test_without_any_signal_dynamic_sampling_ends_and_nothing_is_learned(tmp_pat
         tiny_env().index, list(tiny_env().questions.values()), 12, replace(TINYWIKI_RULES, weights={"outcome": 0.0})
     )
     run = fresh(tmp_path, dapo(3), env=worthless)
-    before, learner = weights(run.policy.model), begin(run)[0]
+    before, learner = weights(run.policy.model), prepare(run)[0]
     metrics = train_step(run, learner, 0)
     assert metrics["sampling_rounds"] == 3
     assert metrics["episodes_played"] == 36
@@ -165,7 +171,7 @@ def test_failed_searches_are_counted_and_left_out(tmp_path: Path) -> None:
 def test_a_step_whose_searches_all_failed_learns_nothing(name: str, tmp_path: Path) -> None:
     broken = SearchVectorEnv(BrokenIndex(), QUESTIONS, 12, TINYWIKI_RULES)
     run = fresh(tmp_path, name, env=broken)
-    learner, _ = begin(run)
+    learner, _ = prepare(run)
     before = weights(run.policy.model)
     metrics = [train_step(run, learner, step) for step in range(2)]
     assert all(own["episodes"] + own["episodes_failed"] <= own["episodes_played"] for own in metrics)

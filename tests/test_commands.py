@@ -13,7 +13,7 @@ import pytest
 from agentgym_ig.envs.evaluate import SUITES
 from agentgym_ig.lm.tiny import tiny_model, tiny_tokenizer
 from agentgym_ig.records import read_episodes
-from agentgym_ig.trainers import RECIPES
+from agentgym_ig.trainers import PARTS
 from tests.conftest import Command
 
 
@@ -133,9 +133,9 @@ def test_mistakes_end_in_one_line_that_says_what_to_type(command: Command, index
         ("eval", "--suite", "igpo", *questions, "--model", indexed / "none"): "no such folder here",
         ("eval", "--suite", "igpo", *questions, "--model", indexed / "bare"): "no chat template",
         ("eval", "--suite", "igpo", *questions, "--prompt", "nope"): "search-r1, tinywiki",
-        ("train", "--recipe", "nope", "--out", indexed / "r"): ", ".join(sorted(RECIPES)),
+        ("train", "--recipe", "nope", "--out", indexed / "r"): ", ".join(sorted(PARTS)),
         ("train", "--out", indexed / "r", "--resume"): "no run to resume",
-        ("quickstart", "--recipe", "nope", "--out", indexed / "q"): ", ".join(sorted(RECIPES)),
+        ("quickstart", "--recipe", "nope", "--out", indexed / "q"): ", ".join(sorted(PARTS)),
     }
     for arguments, message in mistakes.items():
         code, printed = command(*arguments)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from agentgym_ig.trainers import (
 )
 from agentgym_ig.trainers.collect import reward_weights
 from agentgym_ig.trainers.estimators import IGPO_FORMS, beliefs_before_turns
+from agentgym_ig.trainers.recipes import Gain
 from agentgym_ig.trainers.state_graph import distances, gigpo_advantages, graph_gpo_advantages
 from agentgym_ig.types import Trajectory
 from tests.groups import f64, plain_z
@@ -49,7 +51,7 @@ Rows = list[list[float]]
 
 
 @cache
-def batch(gain: str | None = "log") -> Batch:
+def batch(gain: Gain = "log") -> Batch:
     """Twenty-four episodes of four questions, in which searches are paid for."""
     env = paid_env(24)
     ids = list(env.questions)
@@ -124,22 +126,26 @@ def plain_igpo(form: str, *, gamma: float, gain_weight: float, outcome_weight: f
             cells.setdefault((own.group, turn), []).append(gain)
     every = [abs(z(gain_pools[own.group])(gain)) for own in batch().episodes for gain in gains(own)]
     ends = [abs(z(outcome_pools[own.group])(outcome(own))) for own in batch().episodes]
-    factor = min(10.0, max(0.3, np.mean(ends)) / (np.mean(every) + 1e-6))
+    factor = min(10.0, max(0.3, mean(ends)) / (mean(every) + 1e-6))
     rows = []
     for own in batch().episodes:
         mine, theirs = gain_pools[own.group], outcome_pools[own.group]
-        of_gain: Callable[[int, float], float] = {
-            "separate": lambda turn, gain, mine=mine: z(mine)(gain),
-            "joint": lambda turn, gain, mine=mine, theirs=theirs: z(mine + theirs)(gain),
-            "mean-only": lambda turn, gain, mine=mine: gain - np.mean(mine),
-            "by-turn": lambda turn, gain, group=own.group: z(cells[group, turn])(gain),
-            "scaled": lambda turn, gain, mine=mine: z(mine)(gain) * factor,
-            "raw": lambda turn, gain, mine=mine: gain / (math.sqrt(np.var(mine) + 1e-8) + 1e-6),
-            "none": lambda turn, gain: gain,
-        }[form]
+        spread = math.sqrt(float(np.var(mine)) + 1e-8) + 1e-6
         end = z(mine + theirs if form == "joint" else theirs)(outcome(own))
-        end = {"mean-only": outcome(own) - np.mean(theirs), "none": outcome(own)}.get(form, end) * outcome_weight
-        given = [of_gain(turn, gain) * gain_weight for turn, gain in enumerate(gains(own))]
+        end = {"mean-only": outcome(own) - mean(theirs), "none": outcome(own)}.get(form, end) * outcome_weight
+        given = [
+            gain_weight
+            * {
+                "separate": z(mine)(gain),
+                "joint": z(mine + theirs)(gain),
+                "mean-only": gain - mean(mine),
+                "by-turn": z(cells[own.group, turn])(gain),
+                "scaled": z(mine)(gain) * factor,
+                "raw": gain / spread,
+                "none": gain,
+            }[form]
+            for turn, gain in enumerate(gains(own))
+        ]
         given += [0.0] * (len(own.turns) - len(given))
         if form == "raw":
             rows.append([value + end for value in given])
@@ -161,7 +167,8 @@ def test_igpo_in_all_forms(form: str, settings: tuple[float, float, float]) -> N
 
 
 def test_the_gain_is_that_of_the_recipe() -> None:
-    for gain, of in (("log", lambda belief: belief), ("prob", math.exp)):
+    forms: dict[Gain, Callable[[float], float]] = {"log": float, "prob": math.exp}
+    for gain, of in forms.items():
         for own in batch(gain).episodes:
             told = [of(after) - of(before) for before, after in zip(own.belief, own.belief[1:], strict=False)]
             assert gains(own) == pytest.approx(told, abs=1e-12)
@@ -235,28 +242,26 @@ def hand() -> tuple[Tensor, Tensor, Tensor]:
 def test_gigpo_and_graph_gpo_read_the_same_states() -> None:
     ends, last, group = hand()
     rewards = torch.nn.utils.rnn.pad_sequence([f64(reward(own)) for own in batch().episodes], batch_first=True)
-    own = {"gamma": 0.5, "step_weight": 2.0, "episode_weight": 0.25, "scale": False}
-    got = GiGPO(**own)(batch())  # type: ignore[arg-type]
-    assert_close(got, gigpo_advantages(rewards, ends, states(), last, group, **own))  # type: ignore[arg-type]
-    assert not torch.equal(got, GiGPO(**own | {"state": "evidence"})(batch()))  # type: ignore[arg-type]
+    own: dict[str, Any] = {"gamma": 0.5, "step_weight": 2.0, "episode_weight": 0.25, "scale": False}
+    got = GiGPO(**own)(batch())
+    assert_close(got, gigpo_advantages(rewards, ends, states(), last, group, **own))
+    assert not torch.equal(got, GiGPO(**own | {"state": "evidence"})(batch()))
     success = torch.tensor([each.answer in each.question.answers for each in batch().episodes])
     assert success.any()
-    settings = {"omega": 0.5, "form": "progress", "graph_weight": 2.0, "episode_weight": 0.25}
-    wanted = graph_gpo_advantages(ends, success, states(), last, group, **settings)  # type: ignore[arg-type]
-    assert_close(GraphGPO(**settings)(batch()), wanted)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"omega": 0.5, "form": "progress", "graph_weight": 2.0, "episode_weight": 0.25}
+    wanted = graph_gpo_advantages(ends, success, states(), last, group, **settings)
+    assert_close(GraphGPO(**settings)(batch()), wanted)
     assert distances(states(), last, success, group).max() > 1
 
 
-def test_graph_gpo_takes_malformed_turns_off_their_return_and_outcome() -> None:
+def test_graph_gpo_takes_malformed_turns_off_their_return() -> None:
     first = batch().episodes[0]
     marred = [replace(first.turns[0], rewards={**first.turns[0].rewards, "format": -1.0}), *first.turns[1:]]
     changed = replace(batch(), episodes=[replace(first, turns=tuple(marred)), *batch().episodes[1:]])
     ends, last, group = hand()
     penalty = torch.zeros(24, int(last.max()) + 1, dtype=torch.float64)
     penalty[0, 0] = 0.5
-    wanted = graph_gpo_advantages(
-        ends - penalty.sum(1), changed.success, states(), last, group, omega=0.2, penalty=penalty
-    )
+    wanted = graph_gpo_advantages(ends, changed.success, states(), last, group, omega=0.2, penalty=penalty)
     assert_close(GraphGPO(invalid_penalty=0.5)(changed), wanted)
 
 
@@ -310,7 +315,7 @@ def test_reinforce_pp(gamma: float, kl: float) -> None:
 def test_reinforce_pp_with_a_baseline() -> None:
     pools = pooled(lambda own: [outcome(own)])
     rows = [
-        [outcome(own) - np.mean(pools[own.group])] * sum(len(turn.action.token_ids) for turn in own.turns)
+        [outcome(own) - mean(pools[own.group])] * sum(len(turn.action.token_ids) for turn in own.turns)
         for own in batch().episodes
     ]
     check_tokens(ReinforcePPBaseline()(batch()).advantages, whitened(rows))
@@ -365,6 +370,6 @@ def test_weights_are_the_environments_at_that_moment_but_for_channels_that_are_r
     own = dict(tiny_env(4).rules.weights)
     assert reward_weights(env, recipe("grpo")) == own | {"search_cost": -0.5, "self_guide": 3.0}
     price[0] = 0.25
-    assert reward_weights(env, recipe("self-guide")) == own | {"search_cost": 0.25}
+    assert reward_weights(env, recipe("self-guide")) == own | {"search_cost": -0.25}
     assert reward_weights(env, recipe("igpo")) == own | {"search_cost": -0.25, "self_guide": 3.0}
     assert reward_weights(env, recipe("self-guide+dapo")) == own | {"search_cost": -0.25, "overlong": 1.0}

@@ -113,7 +113,7 @@ def bad(batch: Batch, kind: str) -> Tensor | TokenAdvantages:
     hole[3, 0] = float("nan")
     hollow = torch.zeros(tokens.ids.shape)
     hollow[2, tokens.sampled[2].nonzero()[0, 0]] = float("inf")
-    return {
+    given: dict[str, Tensor | TokenAdvantages] = {
         "too few turns": good[:, :-1],
         "too few episodes": good[:-1],
         "one number each": good[:, 0],
@@ -121,7 +121,8 @@ def bad(batch: Batch, kind: str) -> Tensor | TokenAdvantages:
         "token shape": TokenAdvantages(hollow[:, 1:]),
         "token inf": TokenAdvantages(hollow),
         "returns": TokenAdvantages(torch.zeros(tokens.ids.shape), hollow),
-    }[kind]
+    }
+    return given[kind]
 
 
 @pytest.mark.parametrize(

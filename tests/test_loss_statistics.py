@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentgym_ig.trainers.loss_statistics import gradient_factors, loss_statistics, loss_sums
-from agentgym_ig.trainers.losses import LOSSES, clip_fraction, clipped_loss, gipo_log_omega, gipo_loss
+from agentgym_ig.trainers.losses import LOSSES, clipped_loss, gipo_log_omega, gipo_loss
 from tests.loss_batches import ADVANTAGES, LOG_RATIO, MASK, Batch, batches, tensor
 
 
@@ -29,8 +29,13 @@ def test_trust_in_gipo_is_its_omega() -> None:
     inputs = (LOG_RATIO, torch.zeros_like(LOG_RATIO), ADVANTAGES)
     figures = loss_statistics([loss_sums(gipo_loss, *inputs, mask=MASK)])
     assert figures["trust"] == pytest.approx(float(gipo_log_omega(LOG_RATIO, ADVANTAGES)[MASK].exp().mean()))
-    cut = loss_statistics([loss_sums(clipped_loss, *inputs, mask=MASK)])["cut"]
-    assert cut == clip_fraction(*inputs, MASK, clip_low=0.2, clip_high=0.2)
+
+
+def test_cut_is_the_share_of_tokens_that_the_clip_leaves_without_gradient() -> None:
+    inputs = (LOG_RATIO, torch.zeros_like(LOG_RATIO), ADVANTAGES)
+    ratio = LOG_RATIO.exp()
+    cut = torch.where(ADVANTAGES > 0, ratio > 1.2, ratio < 0.8)[MASK]
+    assert loss_statistics([loss_sums(clipped_loss, *inputs, mask=MASK)])["cut"] == float(cut.double().mean()) == 4 / 13
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -16,7 +16,6 @@ from agentgym_ig.trainers.loss_statistics import gradient_factors
 from agentgym_ig.trainers.losses import (
     LOSSES,
     cispo_loss,
-    clip_fraction,
     clipped_loss,
     gipo_loss,
     gspo_loss,
@@ -197,13 +196,6 @@ def test_both_forms_of_gspo_agree_where_an_episode_has_one_advantage(batch: Batc
 def test_the_ratio_of_a_sequence_is_bounded(loss: Any) -> None:
     x = torch.full((1, 2), 30.0, dtype=torch.float64)
     assert loss(x, torch.zeros_like(x), -torch.ones_like(x))[0].tolist() == pytest.approx([math.exp(10)] * 2)
-
-
-def test_clip_fraction_is_the_share_of_tokens_without_gradient() -> None:
-    inputs = (LOG_RATIO, torch.zeros_like(LOG_RATIO), ADVANTAGES)
-    cut = gradient(clipped_loss, Batch(*inputs, MASK))[MASK] == 0
-    assert clip_fraction(*inputs, MASK, clip_low=0.2, clip_high=0.2) == float(cut.double().mean()) == 4 / 13
-    assert clip_fraction(*inputs, MASK & False, clip_low=0.2, clip_high=0.2) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_settings_differ_whenever_any_setting_of_a_part_does() -> None:
 
 def test_what_a_function_is_bound_to_is_noted() -> None:
     def mine(weight: float, batch: Batch, power: float = 1.0) -> Tensor:
-        return batch.rewards * weight**power
+        return batch.rewards * (weight * power)
 
     bound = [partial(mine, 1.0), partial(mine, 2.0), partial(mine, 2.0, power=2.0), partial(partial(mine, 2.0))]
     noted = [json.dumps(described(own)) for own in bound]
@@ -184,7 +184,8 @@ class Doubled:
 
 def test_an_estimator_of_ones_own_trains_and_is_noted(tmp_path: Path) -> None:
     runs = {}
-    for name, own in {"theirs": IGPO(), "mine": gains_and_outcome, "doubled": Doubled()}.items():
+    mine: dict[str, Any] = {"theirs": IGPO(), "mine": gains_and_outcome, "doubled": Doubled()}
+    for name, own in mine.items():
         runs[name] = run = fresh(tmp_path / name, replace(recipe("igpo"), estimator=own), steps=1)
         train(run)
     end = {name: weights(run.policy.model) for name, run in runs.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from agentgym_ig.trainers.aggregation import AGGREGATIONS, token_weights
 from agentgym_ig.trainers.experience import Experience, experience
 from agentgym_ig.trainers.kl import KL_ESTIMATORS
 from agentgym_ig.trainers.learner import Learner
-from agentgym_ig.trainers.loop import begin, train_step
+from agentgym_ig.trainers.loop import longest_episode, prepare, train_step
 from agentgym_ig.trainers.losses import LOSSES, clipped_loss, gipo_loss
+from agentgym_ig.trainers.update import Update
 from tests.runs import begun, fresh, log, paid_env, same, scored, updating, weights
 
 CLOSE: dict[str, Any] = {"atol": 2e-6, "rtol": 0.0}
@@ -64,7 +65,7 @@ def moved(run: Run, learned: Experience | None = None, *, rate: float = 0.1, off
 
 
 def without_advantages(learned: Experience) -> Experience:
-    return Experience(learned.encoded, learned.columns | {"advantages": [own * 0 for own in learned.columns["old"]]})
+    return Experience(learned.encoded, {**learned.columns, "advantages": [own * 0 for own in learned.columns["old"]]})
 
 
 def wave(row: Tensor) -> Tensor:
@@ -100,10 +101,13 @@ def test_parts_of_a_batch_are_all_learned_from_once_an_epoch(tmp_path: Path) -> 
     learner = begun(run, rate=0.0)
     learned = learned_of(run, learner)
     seen: list[int] = []
-    update = updating(run, learner)
-    inner = update.step
-    update.step = lambda own, rows: seen.extend(rows) or inner(own, rows)  # type: ignore[method-assign, func-returns-value]
-    figures = update(learned, 0)
+
+    class Watched(Update):
+        def step(self, learned: Experience, rows: Sequence[int]) -> dict[str, float]:
+            seen.extend(rows)
+            return super().step(learned, rows)
+
+    figures = Watched(learner, run.recipe, run.config, temperature=1.0, longest=longest_episode(run))(learned, 0)
     assert sorted(seen[:16]) == sorted(seen[16:]) == list(range(16))
     assert seen[:16] != seen[16:]
     assert figures["updates"] == 6
@@ -249,7 +253,7 @@ def state_of(learner: Learner) -> dict[str, Tensor]:
 def test_a_step_that_is_not_finite_changes_nothing(poison: str, tmp_path: Path) -> None:
     chosen = replace(recipe("grpo"), loss=Poisoned(3, 4, 5)) if poison == "loss" else recipe("grpo")
     run = fresh(tmp_path, chosen, micro_batch=6)
-    learner, _ = begin(run)
+    learner, _ = prepare(run)
     learned = learned_of(run, learner)
     assert updating(run, learner)(learned, 0)["skipped_updates"] == 0  # the optimiser has a state
     before, state = weights(run.policy.model), state_of(learner)
@@ -313,7 +317,7 @@ def test_bfloat16_stays_close_and_keeps_float32_weights(tmp_path: Path) -> None:
 
 def test_the_critic_learns_what_is_paid(tmp_path: Path) -> None:
     run = fresh(tmp_path, recipe("ppo"), critic_learning_rate=3e-3)
-    learner, _ = begin(run)
+    learner, _ = prepare(run)
     learned = learned_of(run, learner)
     before = weights(run.policy.model)
     first = updating(run, learner)(learned, 0)

@@ -69,7 +69,8 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def _write_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    model.save_pretrained(folder)
+    # Without the keyword peft looks the base model up at the hub, to see whether its embedding has grown.
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if is_adapted(model) else {}))
     tokenizer.save_pretrained(folder)
 
 

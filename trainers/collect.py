@@ -140,7 +140,8 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
     if not kept:
         return None
     weights = reward_weights(run.env, run.recipe)
-    return Batch([own for own, _, _ in kept], weights, step / config.steps, *([row[i] for row in kept] for i in (1, 2)))
+    played, tokens, logprobs = (list(column) for column in zip(*kept, strict=True))
+    return Batch(played, weights, step / config.steps, tokens, logprobs)
 
 
 def _with_overlong(episodes: Sequence[Trajectory], encoded: Sequence[Encoded], overlong: Overlong) -> list[Trajectory]:

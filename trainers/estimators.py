@@ -8,6 +8,7 @@ settings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +33,8 @@ from agentgym_ig.trainers.advantages import (
     self_guide_returns,
 )
 from agentgym_ig.trainers.experience import Batch, TokenAdvantages
-from agentgym_ig.trainers.kl import kl_penalty
-from agentgym_ig.trainers.state_graph import STATE_KEYS, gigpo_advantages, graph_gpo_advantages, state_ids
+from agentgym_ig.trainers.kl import KL_ESTIMATORS, kl_penalty
+from agentgym_ig.trainers.state_graph import RETURN_FORMS, STATE_KEYS, gigpo_advantages, graph_gpo_advantages, state_ids
 from agentgym_ig.trainers.token_advantages import (
     gae_advantages,
     reinforce_pp_advantages,
@@ -219,17 +220,22 @@ class GraphGPO:
     graph_weight: float = 1.0
     episode_weight: float = 1.0
     invalid_penalty: float = 0.1
-    """Taken off the return of a turn whose action was malformed, and off its episode's outcome, as released."""
+    """Taken off the return of a turn whose action was malformed, as released. What its episode's reward loses, which
+    is 0.1 in the release too, is the environment's weight of the channel `format`."""
 
     def __post_init__(self) -> None:
         _check_state(self.state)
+        if not 0 < self.omega < 1 or self.form not in RETURN_FORMS:
+            raise ValueError(
+                f"omega={self.omega}: wanted between 0 and 1; form={self.form!r}: one of {', '.join(RETURN_FORMS)}"
+            )
 
     def __call__(self, batch: Batch, /) -> Tensor:
         """(B, K) advantages."""
         malformed, _ = batch.channel("format")
         penalty = self.invalid_penalty * (malformed < 0)
         return graph_gpo_advantages(
-            batch.outcome - penalty.sum(1),
+            batch.outcome,
             batch.success,
             state_ids(batch.episodes, self.state),
             batch.last,
@@ -253,6 +259,9 @@ class ReinforcePP:
     kl: float = 0.0
     """Weight of the penalty; above 0 the recipe must ask for a reference model."""
     kl_estimator: str = "k1"
+
+    def __post_init__(self) -> None:
+        _check_token_returns(self.gamma, 1.0, self.kl, self.kl_estimator)
 
     def __call__(self, batch: Batch, /) -> TokenAdvantages:
         """(B, T) advantages."""
@@ -280,6 +289,9 @@ class PPO:
     kl: float = 0.0
     """Weight of a penalty for leaving the reference model, as a reward per token."""
     kl_estimator: str = "k1"
+
+    def __post_init__(self) -> None:
+        _check_token_returns(self.gamma, self.lam, self.kl, self.kl_estimator)
 
     def __call__(self, batch: Batch, /) -> TokenAdvantages:
         """(B, T) advantages, and the returns that the critic learns."""
@@ -341,6 +353,13 @@ def _require_belief(batch: Batch) -> None:
             raise ValueError(f"the belief of an episode of {episode.question.id!r} has not been read; score it first")
     gains, has_gain = batch.channel("info_gain")
     finite("the information gain", gains, has_gain)
+
+
+def _check_token_returns(gamma: float, lam: float, kl: float, estimator: str) -> None:
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1 and 0 <= kl < math.inf):
+        raise ValueError(f"gamma={gamma} and lam={lam}: wanted within 0 and 1; kl={kl}: 0 or more")
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"unknown kl_estimator {estimator!r}; choose one of {', '.join(KL_ESTIMATORS)}")
 
 
 def _check_state(state: str) -> None:

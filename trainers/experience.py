@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,13 +85,17 @@ class Batch:
     def only(self, chosen: Tensor) -> Batch | None:
         """The episodes that are chosen, (B,) bool; None for none of them."""
         rows = chosen.nonzero()[:, 0].tolist()
-        columns = {name: [own[row] for row in rows] for name in _PER_EPISODE if (own := getattr(self, name))}
+        columns: dict[str, Any] = {
+            name: [own[row] for row in rows] for name in _PER_EPISODE if (own := getattr(self, name))
+        }
         return replace(self, **columns) if rows else None
 
     @staticmethod
     def joined(parts: Sequence[Batch]) -> Batch:
         """All episodes of several batches of one step."""
-        columns = {name: [row for part in parts for row in getattr(part, name)] for name in _PER_EPISODE}
+        columns: dict[str, Any] = {
+            name: [row for part in parts for row in getattr(part, name)] for name in _PER_EPISODE
+        }
         return replace(parts[0], **columns)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -61,6 +62,19 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps)
     return Learner(model, tokenizer, optimizer, schedule, critic)
+
+
+def take_step(learner: Learner, losses: Sequence[float], max_grad_norm: float) -> list[float]:
+    """Clip the gradients of the policy, and of the critic if there is one, and take the optimiser's step.
+
+    Returns their norms before the clip. Raises FloatingPointError, before any weight has changed, when one of them or
+    of the losses is not finite.
+    """
+    norms = [float(torch.nn.utils.clip_grad_norm_(own, max_grad_norm)) for own in learner.parameters]
+    if not all(map(math.isfinite, (*losses, *norms))):
+        raise FloatingPointError(f"losses {list(losses)} or gradient norms {norms} are not finite")
+    learner.optimizer.step()
+    return norms
 
 
 def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:

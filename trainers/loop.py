@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,22 @@ from typing import Any
 from agentgym_ig.answers import score
 from agentgym_ig.envs.rollout import VectorSearch
 from agentgym_ig.envs.wrappers import channels_of, layers
-from agentgym_ig.errors import CheckpointError
 from agentgym_ig.lm.policy import TransformersPolicy
 from agentgym_ig.trainers.adapters import is_adapted
 from agentgym_ig.trainers.alarms import alarms
-from agentgym_ig.trainers.checkpoint import checkpoints, restore, save_checkpoint, save_model
+from agentgym_ig.trainers.checkpoint import save_checkpoint, save_model
 from agentgym_ig.trainers.collect import collect, timed
 from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.critic import Critic
 from agentgym_ig.trainers.experience import Batch, Experience
 from agentgym_ig.trainers.interrupt import Interruptible
+from agentgym_ig.trainers.journal import CHECKPOINTS, append, begin, stop_if_not_finite
 from agentgym_ig.trainers.learner import Learner, make_learner
 from agentgym_ig.trainers.recipes import Recipe
 from agentgym_ig.trainers.reference import reference_of, weights_digest
 from agentgym_ig.trainers.trackers import trackers
 from agentgym_ig.trainers.update import Update
 from agentgym_ig.types import Stop
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,9 @@ def train(run: Run, *, resume: bool = False, progress: Progress = lambda done, m
     FileNotFoundError when there is nothing to resume, CheckpointError when what is there does not fit this run, and
     FloatingPointError when more updates than allowed were not finite.
     """
-    config, folder = run.config, run.out / "checkpoints"
-    learner, settings = begin(run)
-    history = _history(run, learner, settings, resume)
+    config, folder = run.config, run.out / CHECKPOINTS
+    learner, settings = prepare(run)
+    history = begin(run.out, learner, settings, resume=resume)
     tracked = trackers(run.log_with, run.out, run.out.name, settings, begun=len(history))
     with tracked as track, Interruptible() as interrupt:
         for step in range(len(history), config.steps):
@@ -92,10 +90,10 @@ def train(run: Run, *, resume: bool = False, progress: Progress = lambda done, m
                 metrics["evaluation"] = run.evaluate(run.policy)
             history.append(metrics)
             metrics["alarms"] = [str(alarm) for alarm in alarms(history)]
-            _append(run.out / METRICS_FILE, metrics)
+            append(run.out, metrics)
             track(metrics, done)
             progress(done, metrics)
-            _stop_if_not_finite(history, config)
+            stop_if_not_finite(history, config.max_skipped_updates)
             if done % config.save_every == 0 or done == config.steps or interrupt.asked:
                 save_checkpoint(folder, done, learner, settings, keep=config.keep)
             interrupt.check()
@@ -127,7 +125,7 @@ def train_step(run: Run, learner: Learner, step: int) -> dict[str, Any]:
     return {name: round(value, 4) if name.endswith("_s") else value for name, value in metrics.items()}
 
 
-def begin(run: Run) -> tuple[Learner, dict[str, Any]]:
+def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
     """The learner at the beginning of a run, and the run's settings, with the weights that a checkpoint relies on.
 
     Raises ValueError for a policy that samples nothing to learn from, and for a recipe without the channels it needs.
@@ -155,43 +153,6 @@ def begin(run: Run) -> tuple[Learner, dict[str, Any]]:
 def longest_episode(run: Run) -> int:
     """Tokens that the policy can write in an episode at most."""
     return int(run.policy.max_new_tokens * run.env.rules.max_turns)
-
-
-def _history(run: Run, learner: Learner, settings: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
-    """Prepare the output folder, restore if asked to, and return the metrics of the steps already done."""
-    found, log = checkpoints(run.out / "checkpoints"), run.out / METRICS_FILE
-    if not resume:
-        if found or log.exists():
-            raise FileExistsError(
-                f"{run.out} already holds a run; add --resume to go on with it, or give another folder"
-            )
-        run.out.mkdir(parents=True, exist_ok=True)
-        return []
-    if not found and not log.exists():
-        raise FileNotFoundError(f"{run.out} holds no run to resume; start it without --resume")
-    begun = restore(found[-1], learner, settings) if found else 0
-    lines = log.read_text().splitlines()[:begun]  # one line a step; those after the checkpoint will be done again
-    if len(lines) < begun:
-        raise CheckpointError(f"{log} has {len(lines)} of the {begun} steps of {found[-1]}; start in another folder")
-    partial = log.with_name(f".{log.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in lines))
-    partial.replace(log)  # in one go: a run that is killed here must not lose the steps that it has done
-    return [json.loads(line) for line in lines]
-
-
-def _append(path: Path, metrics: dict[str, Any]) -> None:
-    with path.open("a") as log:
-        log.write(json.dumps(metrics) + "\n")
-
-
-def _stop_if_not_finite(history: Sequence[dict[str, Any]], config: TrainConfig) -> None:
-    skipped = sum(int(row.get("skipped_updates", 0)) for row in history)
-    if skipped > config.max_skipped_updates:
-        raise FloatingPointError(
-            f"{skipped} updates were skipped because their loss or gradient was not finite, more than"
-            f" max_skipped_updates={config.max_skipped_updates}; begin anew with a lower learning rate, or resume with"
-            " a higher limit"
-        )
 
 
 def summary(batch: Batch, learned: Experience) -> dict[str, float]:

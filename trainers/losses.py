@@ -44,7 +44,6 @@ __all__ = [
     "MAX_LOG_RATIO",
     "PolicyLoss",
     "cispo_loss",
-    "clip_fraction",
     "clipped_loss",
     "gipo_log_omega",
     "gipo_loss",
@@ -256,15 +255,6 @@ LOSSES: dict[str, PolicyLoss] = {
     "sapo": sapo_loss,
     "gipo": gipo_loss,
 }
-
-
-def clip_fraction(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
-) -> float:
-    """Share of the tokens on the mask whose gradient the clip has cut off."""
-    ratio = (logprobs - old).exp()
-    cut = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low) & (advantages != 0)
-    return float(cut[mask].double().mean()) if mask.any() else 0.0
 
 
 def _inputs(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:

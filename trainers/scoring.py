@@ -78,7 +78,8 @@ def _logprobs_at(
 def _logits_at(model: Model, places: tuple[Tensor, Tensor], temperature: float, inputs: dict[str, Any]) -> Tensor:
     """(N, vocabulary) float32, divided by the temperature."""
     with alone_with(model), _output_only_at(model, places):
-        return model(**inputs).logits[0].float() / temperature
+        logits: Tensor = model(**inputs).logits[0]
+    return logits.float() / temperature
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from agentgym_ig.trainers.collect import timed
 from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.interrupt import Interruptible
 from agentgym_ig.trainers.journal import CHECKPOINTS, append, begin, stop_if_not_finite
-from agentgym_ig.trainers.learner import Learner, make_learner, precision
+from agentgym_ig.trainers.learner import Learner, make_learner, precision, take_step
 from agentgym_ig.trainers.reference import weights_digest
 from agentgym_ig.trainers.scoring import Model, token_logprobs
 from agentgym_ig.types import Action, Trajectory
@@ -209,10 +209,7 @@ def learn(learner: Learner, encoded: Sequence[Encoded], config: TrainConfig) -> 
         part = -(logprobs * weight).sum()
         part.backward()
         loss += float(part.detach())
-    norm = float(torch.nn.utils.clip_grad_norm_(learner.parameters[0], config.max_grad_norm))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f"loss {loss} or gradient norm {norm} is not finite")
-    learner.optimizer.step()
+    (norm,) = take_step(learner, [loss], config.max_grad_norm)
     return {"loss": loss, "tokens": int(sampled.sum()), "grad_norm": norm}
 
 

@@ -15,7 +15,7 @@ from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.critic import value_loss
 from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.kl import kl_loss
-from agentgym_ig.trainers.learner import Learner, precision
+from agentgym_ig.trainers.learner import Learner, precision, take_step
 from agentgym_ig.trainers.loss_statistics import loss_statistics, loss_sums
 from agentgym_ig.trainers.recipes import Recipe
 from agentgym_ig.trainers.scoring import token_entropies, token_logprobs
@@ -69,12 +69,13 @@ class Update:
             batch, columns = learned.rows(some, self.learner.model.device)
             weight = weights[first : first + len(some), : batch.ids.shape[1]].to(batch.ids.device, torch.float32)
             terms, sums = self._terms(batch, columns)
-            loss = sum((own * weight).sum() for own in terms.values())
+            loss = torch.stack([(own * weight).sum() for own in terms.values()]).sum()
             loss.backward()
             parts.append(sums)
             for name, own in terms.items():
                 totals[name] = totals.get(name, 0.0) + float((own.detach() * weight).sum())
-        return totals | self._apply(totals) | loss_statistics(parts)
+        norms = take_step(self.learner, list(totals.values()), self.config.max_grad_norm)
+        return totals | dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False)) | loss_statistics(parts)
 
     def _terms(self, batch: TokenBatch, columns: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(B, T) each term of the loss, its coefficient included, and what the policy loss did to its tokens."""
@@ -95,13 +96,3 @@ class Update:
         if values is not None:
             terms["value_loss"] = value_loss(values.float(), columns["returns"], columns["values"], mask=mask)
         return terms, loss_sums(recipe.loss, logprobs.detach(), old, advantages, mask=mask)
-
-    def _apply(self, totals: dict[str, float]) -> dict[str, float]:
-        """Clip each part's gradients and take the step."""
-        clip = self.config.max_grad_norm
-        norms = [float(torch.nn.utils.clip_grad_norm_(own, clip)) for own in self.learner.parameters]
-        if not all(map(math.isfinite, (*totals.values(), *norms))):
-            raise FloatingPointError(f"losses {totals} or gradient norms {norms} are not finite")
-        self.learner.optimizer.step()
-        names = ("grad_norm", "critic_grad_norm")
-        return dict(zip(names, norms, strict=False))

@@ -242,7 +242,7 @@ def imitate(
 ) -> None:
     """Train a TinyWiki policy in place on the configured demonstrations. One that reads already needs no lookups."""
     demonstrations = Demonstrations(config, ConversationEncoder(tokenizer))
-    opens = int(tokenizer.convert_tokens_to_ids("<information>"))  # type: ignore[arg-type]  # one token, one id
+    opens = int(tokenizer.convert_tokens_to_ids("<information>"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = min(50, config.steps)
     schedule = get_wsd_schedule(
