@@ -2,8 +2,8 @@
 
     python -m benchmarks.kills --recipe igpo --out benchmarks/results/kills.json
 
-Moments are drawn over the whole life of a process, its start-up included. Metrics, but for times, and the final weights
-must be equal bit for bit.
+Each process lives up to three steps beyond the first that it has finished, so that kills fall into rollouts, updates
+and the writing of checkpoints. Metrics, but for times, and the final weights must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from agentgym_ig.records import write_json
 from benchmarks.measure import where
 
 KILLS = 10
-SETTINGS = ["--steps", "40", "--questions-per-step", "4", "--group-size", "8", "--save-every", "3"]
+SETTINGS = ["--steps", "60", "--questions-per-step", "4", "--group-size", "8", "--save-every", "3"]
 SETTINGS += ["--updates-per-step", "2", "--replay", "1", "--warmup-steps", "5", "--schedule", "cosine"]
 
 
@@ -43,30 +44,40 @@ def finish(process: subprocess.Popen[bytes]) -> None:
         raise RuntimeError(f"the run ended with status {process.returncode}: {errors.decode()[-500:]}")
 
 
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows(out)]
 
 
-def killed(recipe: str, out: Path, lifetime: float, rng: np.random.Generator) -> list[dict[str, float]]:
-    """Play the run with kills; returns when each came, in seconds of its process, and after how many steps."""
+def killed(recipe: str, out: Path, most: float, rng: np.random.Generator) -> list[dict[str, float]]:
+    """Play the run with kills, each up to `most` seconds after a process has written its first metrics; returns how
+    long after, and how many steps there were then.
+    """
     kills: list[dict[str, float]] = []
-    while len(kills) < KILLS:
-        begun = (out / "metrics.jsonl").exists()
-        process = start(recipe, out, *(["--resume"] if begun else []))
-        moment = float(rng.uniform(0.0, lifetime))
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            lines = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
-            kills.append({"after_s": round(moment, 2), "steps": lines})
-        else:
+    for number in range(KILLS):
+        process = start(recipe, out, *(["--resume"] if number else []))
+        written = lines(out)
+        while lines(out) <= written and process.poll() is None:
+            time.sleep(0.01)
+        moment = float(rng.uniform(0.0, most))
+        time.sleep(moment)
+        if process.poll() is not None:
             finish(process)
-            break
+            raise RuntimeError(f"the run was over before kill {number + 1} of {KILLS}; give it more steps")
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills.append({"after_s": round(moment, 3), "steps": lines(out)})
     finish(start(recipe, out, "--resume"))
     return kills
+
+
+def lines(out: Path) -> int:
+    """Whole lines of metrics."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def main(
@@ -77,11 +88,10 @@ def main(
     """Kill, resume, compare."""
     with tempfile.TemporaryDirectory() as scratch:
         alone, hunted = Path(scratch) / "alone", Path(scratch) / "hunted"
-        begun = time.perf_counter()
         finish(start(recipe, alone))
-        # Every life is at most this long, so that ten kills come before the end.
-        lifetime = 0.35 * (time.perf_counter() - begun)
-        kills = killed(recipe, hunted, lifetime, np.random.default_rng(seed))
+        seconds = [sum(row[name] for name in row if name.endswith("_s")) for row in rows(alone)]
+        # A life comes four steps ahead at most, of which those since the last checkpoint are lost: sixty are enough.
+        kills = killed(recipe, hunted, 3 * statistics.median(seconds), np.random.default_rng(seed))
         ends = [load_file(path / "model" / "model.safetensors") for path in (alone, hunted)]
         result = where() | {
             "recipe": recipe,

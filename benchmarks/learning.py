@@ -5,8 +5,11 @@ like those of training, about entities never seen) and out-of-domain (relations 
 every few steps. `Trials` keeps the results, a line of JSON each, and plays what is missing in two processes, so that a
 stopped benchmark goes on where it was.
 
-Three kinds of worlds share no entity with each other or are at least drawn apart: RL seed s trains in training world s,
-rates are chosen in a validation world with seeds of their own, and figures are reported from a test world.
+Names of training, validation and test worlds never meet. RL seed s trains in training world s + 1; rates are chosen
+with seeds of their own in validation worlds, and figures are reported from test worlds that nothing was ever chosen on.
+
+KL and entropy terms are off for all recipes, PPO's critic begins at 0 and has a rate of 1e-3 that nobody tuned, and a
+budget counts training episodes: IGPO's scoring, PPO's critic and evaluation cost time beside it (`seconds`).
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from benchmarks.measure import commit
 if TYPE_CHECKING:
     from agentgym_ig.trainers.loop import Run
 
-WARM_STARTS = Path("runs/warm-starts")
+WARM_STARTS = Path("runs/warm_starts")
+"""Where `python -m benchmarks.warm_starts` puts them."""
 EVALUATIONS = 12
 """Points of a curve, beside the one before training."""
 ASKED = {"validation": 50, "test": 75}
@@ -145,7 +149,8 @@ def _run(trial: Trial, out: Path) -> Run:
         save_every=trial.steps,
         seed=trial.seed,
     )
-    return Run(policy, add_channel(search, SelfGuide()) if recipe.guided else search, recipe, config, out)
+    env = add_channel(search, SelfGuide()) if "self_guide" in recipe.needs else search
+    return Run(policy, env, recipe, config, out)
 
 
 def _evaluation(trial: Trial) -> Callable[[Any, int], dict[str, Any]]:
@@ -197,7 +202,9 @@ class Trials:
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text().splitlines(keepends=True):
+                if not line.endswith("\n"):
+                    break  # a crash cut it off: the trial is played again
                 row = json.loads(line)
                 self.rows[json.dumps(row["trial"], sort_keys=True)] = row
 
@@ -218,6 +225,9 @@ class Trials:
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
+                    if error := future.exception():
+                        pool.shutdown(cancel_futures=True)
+                        raise error
                     self._add(future.result())
                     shown.advance(bar)
 

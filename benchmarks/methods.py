@@ -1,7 +1,8 @@
-"""Every method on the tiny world: which learns how fast, and how far. See `benchmarks/learning.py` for what a run is.
+"""Methods on the tiny world: which learns how fast, and how far. See `benchmarks/learning.py` for what a run is.
 
-    python -m benchmarks.methods table       every recipe at its own best rate, five seeds
+    python -m benchmarks.methods table       each recipe at its own best rate, five seeds
     python -m benchmarks.methods staleness   PPO's clip and GIPO with 1, 4 and 16 updates per batch
+    python -m benchmarks.warm_starts         the policies that the next one begins with
     python -m benchmarks.methods sparse      GRPO and IGPO's forms where success is rare and evidence far
     python -m benchmarks.methods report      methods.json and the plots, from what has been played
 
@@ -11,7 +12,7 @@ All that is played goes to one file, and what is in it is not played again.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +31,7 @@ RECIPES = (
     "igpo-gae", "gipo", "igpo+gipo",
 )  # fmt: skip
 LEVELS = (0.2, 0.3, 0.5, 0.7)
-VALIDATION_SEED, TEST_SEED, SEEDS = 100, 0, 5
+VALIDATION_SEED, TEST_SEED, SEEDS = 100, 200, 5
 STALENESS = {1: {"updates": 1, "epochs": 1}, 4: {"updates": 4, "epochs": 1}, 16: {"updates": 4, "epochs": 4}}
 """Updates per batch → how they are made: the batch cut into so many parts, gone through so many times."""
 SPARSE = tuple(
@@ -51,7 +52,7 @@ Processes = Annotated[int, typer.Option(help="Trials side by side.")]
 
 def learnt(trials: Trials, trial: Trial) -> float:
     """How good a rate is: the mean of in-domain exact match over a run's curve, which rewards both pace and end."""
-    return fmean(point["id_em"] for point in trials.of(trial)["curve"][1:])
+    return _pace(trials.of(trial))
 
 
 def choose_rates(trials: Trials, bases: Sequence[Trial], processes: int) -> dict[Trial, float]:
@@ -124,58 +125,78 @@ def sparse(store: Store = STORE, processes: Processes = 2) -> None:
 
 @app.command()
 def report(store: Store = STORE, out: Path = RESULTS) -> None:
-    """Make methods.json and the plots from what has been played."""
+    """Make methods.json and the plots from what has been played; what is not complete is listed by name."""
     trials = Trials(store)
-    result: dict[str, Any] = where() | {"trials": str(store), "seeds": SEEDS, "rates": RATES}
-    result["table"] = {
-        base.recipe: summary(trials, base) for base in map(_validated, RECIPES) if _complete(trials, base)
+    cells = [replace(_validated(name, **SPARSE[4]), **cell) for cell in SPARSE for name in SPARSE_RECIPES]  # type: ignore[arg-type]
+    asked = {"table": [_validated(name) for name in RECIPES], "staleness": _stale_bases(), "sparse": cells}
+    done = {section: {own: rows for own in bases if (rows := _rows(trials, own))} for section, bases in asked.items()}
+    result = where() | {
+        "trials": str(store),
+        "commits": sorted({row["commit"] for rows in done.values() for each in rows.values() for row in each}),
+        "seeds": SEEDS,
+        "rates": RATES,
+        "incomplete": {name: [_label(own) for own in bases if own not in done[name]] for name, bases in asked.items()},
     }
-    result["staleness"] = {
-        f"{base.recipe}, {base.updates * base.epochs} updates": summary(trials, base)
-        for base in _stale_bases()
-        if _complete(trials, base)
-    }
+    for section, found in done.items():
+        result[section] = {_label(own): summary(own, rows, _beside(found, own)) for own, rows in found.items()}
     (out / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
-    curves = {name: [row["curve"] for row in _rows(trials, _validated(name))] for name in result["table"]}
-    plot_curves(curves, out / "methods.png")
-    if result["staleness"]:
-        stale = {(own.recipe, own.updates * own.epochs): _rows(trials, own) for own in _stale_bases()}
-        plot_staleness({key: [row["final"]["id_em"] for row in rows] for key, rows in stale.items()}, out)
-    for name, own in result["table"].items():
-        reached = own["rollouts_to"]["0.5"]
-        print(f"{name:12} rate {own['rate']:g}  ID {own['id_em']}  OOD {own['ood_em']}  to .5: {reached}")
+    if done["table"]:
+        plot_curves({own.recipe: [row["curve"] for row in rows] for own, rows in done["table"].items()}, out)
+    if done["staleness"]:
+        plot_staleness({(own.recipe, own.updates * own.epochs): rows for own, rows in done["staleness"].items()}, out)
+    for section in asked:
+        for name, own in result[section].items():
+            reached = own["rollouts_to"]["0.5"]
+            print(f"{name:28} rate {own['rate']:g}  ID {own['id_em']}  OOD {own['ood_em']}  to .5 {reached}")
 
 
-def _complete(trials: Trials, base: Trial) -> bool:
+def _label(base: Trial) -> str:
+    stale = f", {base.updates} x {base.epochs} updates" if (base.updates, base.epochs) != (4, 1) else ""
+    return base.recipe + stale + (f", {base.start}, groups of {base.group}" if base.start != "tinywiki" else "")
+
+
+def _beside(found: Mapping[Trial, Any], base: Trial) -> list[dict[str, Any]] | None:
+    """GRPO's rows under the same conditions."""
+    return found.get(replace(base, recipe="grpo")) if base.recipe != "grpo" else None
+
+
+def _rows(trials: Trials, base: Trial) -> list[dict[str, Any]] | None:
+    """The five tested runs at the rate that was chosen; None where any of it is still to be played."""
+    rated = replace(base, **SPARSE[4]) if base.start != "tinywiki" else base  # type: ignore[arg-type]
     try:
-        return len(_rows(trials, base)) == SEEDS
+        return [trials.of(own) for own in _tested(base, chosen_rate(trials, rated))]
     except KeyError:
-        return False
+        return None
 
 
-def _rows(trials: Trials, base: Trial) -> list[dict[str, Any]]:
-    return [trials.of(own) for own in _tested(base, chosen_rate(trials, base))]
+def summary(base: Trial, rows: Sequence[dict[str, Any]], grpo: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
+    """Mean and half-width of the 95 % confidence interval over the seeds, and of differences to GRPO's, seed by seed.
 
-
-def summary(trials: Trials, base: Trial) -> dict[str, Any]:
-    """Figures of a recipe at its rate: mean and half-width of the 95 % confidence interval over the seeds."""
-    rows = _rows(trials, base)
+    rollouts_to: None unless all seeds reached the level; never_reached: how many did not.
+    """
     names = ("id_em", "ood_em", "id_f1", "ood_f1", "id_found", "id_turns", "ood_turns")
     reached = {level: [rollouts_to(row["curve"], level) for row in rows] for level in LEVELS}
-    return {
-        "rate": chosen_rate(trials, base),
+    figures: dict[str, Any] = {
+        "rate": rows[0]["trial"]["rate"],
+        "rate_at_edge": rows[0]["trial"]["rate"] in (min(RATES), max(RATES)),
         **{name: mean_and_interval([row["final"][name] for row in rows]) for name in names},
-        "rollouts_to": {
-            str(level): mean_and_interval([own for own in found if own is not None]) for level, found in reached.items()
-        },
+        "mean_id_em_of_curve": mean_and_interval([_pace(row) for row in rows]),
+        "rollouts_to": {str(level): mean_and_interval(found) for level, found in reached.items()},
         "never_reached": {str(level): found.count(None) for level, found in reached.items()},
+        "rollouts": mean_and_interval([row["curve"][-1]["rollouts"] for row in rows]),
         "no_signal": mean_and_interval([row["no_signal"] for row in rows]),
-        "curve_id_em": [round(fmean(points), 4) for points in zip(*_em(rows), strict=False)],
+        "cut": mean_and_interval([row["cut"] for row in rows]),
+        "seconds": mean_and_interval([row["seconds"] for row in rows]),
     }
+    if grpo is not None:
+        for name in ("id_em", "ood_em"):
+            pairs = zip(rows, grpo, strict=True)
+            figures[f"{name}_over_grpo"] = mean_and_interval([a["final"][name] - b["final"][name] for a, b in pairs])
+    return figures
 
 
-def _em(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
-    return [[point["id_em"] for point in row["curve"]] for row in rows]
+def _pace(row: dict[str, Any]) -> float:
+    return fmean(point["id_em"] for point in row["curve"][1:])
 
 
 if __name__ == "__main__":

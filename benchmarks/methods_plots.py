@@ -42,7 +42,7 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], out
     figure.supylabel("exact match on unseen entities, %", fontsize=10)
     figure.suptitle("TinyWiki: mean of five seeds and 95 % interval; GRPO in grey", fontsize=11)
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    figure.savefig(out / "methods.png", dpi=130)
     plt.close(figure)
 
 
@@ -59,18 +59,18 @@ def _band(
     return grid, np.array(means), np.array(halves)
 
 
-def plot_staleness(finals: Mapping[tuple[str, int], Sequence[float]], out: Path) -> None:
+def plot_staleness(found: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], out: Path) -> None:
     """Final in-domain exact match over updates per batch, for PPO's clip and GIPO."""
+    finals = {key: [row["final"]["id_em"] for row in rows] for key, rows in found.items()}
     figure, axis = plt.subplots(figsize=(4.6, 3.2))
     for name, colour, label in (("grpo", "#666666", "PPO's clip"), ("gipo", "#1f6feb", "GIPO")):
         points = sorted(
             (updates, mean_and_interval(list(own))) for (who, updates), own in finals.items() if who == name
         )
-        places = [updates for updates, own in points if own]
         axis.errorbar(
-            places,
-            [100 * own[0] for _, own in points if own],
-            yerr=[100 * own[1] for _, own in points if own],
+            [updates for updates, _ in points],
+            [100 * (own[0] or 0.0) for _, own in points if own],
+            yerr=[100 * (own[1] or 0.0) for _, own in points if own],
             marker="o",
             capsize=3,
             color=colour,

@@ -10,12 +10,18 @@ from typing import Any
 from scipy.stats import t as student
 
 
-def mean_and_interval(values: Sequence[float]) -> list[float] | None:
-    """Mean and half-width of its 95 % confidence interval (Student's t); the width is nan for one value alone."""
-    if not values:
+def mean_and_interval(values: Sequence[float | None]) -> list[float | None] | None:
+    """Mean and half-width of its 95 % confidence interval (Student's t), which one value alone has not.
+
+    None where any value is missing: the mean of the others would flatter.
+    """
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return None
-    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return [round(fmean(values), 4), float("nan") if half is None else round(half, 4)]
+    if len(known) == 1:
+        return [round(known[0], 4), None]
+    half = float(student.ppf(0.975, len(known) - 1)) * stdev(known) / len(known) ** 0.5
+    return [round(fmean(known), 4), round(half, 4)]
 
 
 def rollouts_to(curve: Sequence[Mapping[str, Any]], level: float, metric: str = "id_em") -> float | None:

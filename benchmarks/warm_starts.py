@@ -42,6 +42,7 @@ from agentgym_ig.trainers.checkpoint import save_model
 from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model, tiny_policy
 from agentgym_ig.trainers.warm_start import WarmStartConfig, imitate, true_verdict
 from agentgym_ig.types import Trajectory
+from benchmarks.learning import WARM_STARTS
 
 GUIDE_TOKENS = ("<guide>", "</guide>", *VERDICTS)
 """What the small tokenizer lacks: without them a block would take 24 tokens, with them it takes 3."""
@@ -167,7 +168,7 @@ def _figures(episodes: list[Trajectory]) -> dict[str, float]:
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Policies to make; all by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of all of them.")] = Path("runs/warm_starts"),
+    out: Annotated[Path, typer.Option(help="Folder of all of them.")] = WARM_STARTS,
     measured: Annotated[
         bool, typer.Option("--measure", help="Play 1,600 episodes with each, and show how well.")
     ] = False,

@@ -33,7 +33,7 @@ from agentgym_ig.trainers.losses import (
     sapo_loss,
 )
 from agentgym_ig.trainers.online import OnlineScorer
-from agentgym_ig.trainers.recipes import PARTS, Overlong, Recipe, recipe
+from agentgym_ig.trainers.recipes import PARTS, Recipe, recipe
 from agentgym_ig.trainers.scoring import Scorer, token_logprobs
 from agentgym_ig.trainers.state_graph import gigpo_advantages, graph_gpo_advantages
 from agentgym_ig.trainers.token_advantages import gae_advantages, reinforce_pp_advantages
@@ -52,7 +52,6 @@ __all__ = [
     "GiGPO",
     "GraphGPO",
     "OnlineScorer",
-    "Overlong",
     "PackedBatch",
     "PolicyLoss",
     "Recipe",

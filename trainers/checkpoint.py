@@ -54,7 +54,8 @@ def save_checkpoint(folder: Path, step: int, learner: Learner, settings: dict[st
     (partial / "state.json").write_text(json.dumps(about, indent=1) + "\n")
     _put(partial, target)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _put(old, folder / ".old")  # renamed first: killed half-way, it would be no checkpoint and never go
+        shutil.rmtree(folder / ".old")
     return target
 
 

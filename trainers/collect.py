@@ -22,7 +22,7 @@ from agentgym_ig.trainers.critic import read_values
 from agentgym_ig.trainers.dapo import groups_with_signal, overlong_penalty, varied_groups
 from agentgym_ig.trainers.experience import Batch, Experience, experience
 from agentgym_ig.trainers.learner import Learner, precision
-from agentgym_ig.trainers.recipes import Overlong, Recipe
+from agentgym_ig.trainers.recipes import Recipe
 from agentgym_ig.trainers.scoring import Scorer
 from agentgym_ig.types import Trajectory
 
@@ -119,7 +119,8 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
     """The episodes with the log-probabilities of their tokens and, if the recipe reads it, their belief, both read in
     one packed pass. Without those whose belief is not finite; None where none are left.
     """
-    policy, config, gain = run.policy, run.config, run.recipe.gain
+    policy, config = run.policy, run.config
+    gain = run.recipe.gain if "info_gain" in run.recipe.needs else None
     scorer = Scorer(
         policy.model,
         policy.encoder,
@@ -131,12 +132,14 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
     encoded = [policy.encoder.encode(episode.conversation) for episode in episodes]
     scored = scorer.score(encoded, [episode.question.answers[:count] for episode in episodes])
     if run.recipe.overlong:
-        episodes = _with_overlong(episodes, encoded, run.recipe.overlong)
+        episodes = _with_overlong(run, episodes, encoded)
     kept: list[tuple[Trajectory, Encoded, Tensor]] = []
     for episode, own, each in zip(episodes, encoded, scored, strict=True):
         belief = [combine_aliases(behind, config.aliases) for behind in each.beliefs] if gain else []
         if all(map(math.isfinite, belief)):
-            kept.append((with_belief(episode, belief, log=gain == "log") if gain else episode, own, each.logprobs))
+            kept.append(
+                (with_belief(episode, belief, log=gain == "log") if gain else episode, own, each.logprobs.cpu())
+            )
     if not kept:
         return None
     weights = reward_weights(run.env, run.recipe)
@@ -144,10 +147,12 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
     return Batch(played, weights, step / config.steps, tokens, logprobs)
 
 
-def _with_overlong(episodes: Sequence[Trajectory], encoded: Sequence[Encoded], overlong: Overlong) -> list[Trajectory]:
+def _with_overlong(run: Run, episodes: Sequence[Trajectory], encoded: Sequence[Encoded]) -> list[Trajectory]:
     """The episodes with DAPO's punishment as the channel `overlong` of their last turn."""
+    limit = longest_episode(run)
+    buffer = max(round(run.recipe.overlong * limit), 1)
     lengths = torch.tensor([sum(turn != OBSERVED for turn in own.turn) for own in encoded])
-    penalties = overlong_penalty(lengths, limit=overlong.limit, buffer=overlong.buffer).tolist()
+    penalties = overlong_penalty(lengths, limit=limit, buffer=buffer).tolist()
     shaped = []
     for episode, penalty in zip(episodes, penalties, strict=True):
         *before, last = episode.turns
@@ -157,13 +162,14 @@ def _with_overlong(episodes: Sequence[Trajectory], encoded: Sequence[Encoded], o
 
 
 def with_signal(batch: Batch, recipe: Recipe) -> Batch | None:
-    """The groups that something can be learned from: those with any advantage, where the estimator compares turns
-    within a group, and else those whose outcomes differ. None where no group is left.
+    """The groups that something can be learned from: those with any advantage, where the estimator reads information
+    gain, which can differ where outcomes do not; else those whose outcomes differ. None where no group is left.
     """
-    advantages = recipe.estimator(batch) if recipe.gain else None
+    advantages = recipe.estimator(batch) if "info_gain" in recipe.needs else None
     if isinstance(advantages, Tensor):
         return batch.only(groups_with_signal(advantages, batch.group))
-    return batch.only(varied_groups(batch.outcome, batch.group))
+    outcome, _ = batch.channel("outcome")
+    return batch.only(varied_groups(outcome.sum(1), batch.group))
 
 
 def _first_groups(rounds: Sequence[Batch], wanted: int) -> Batch | None:
@@ -172,6 +178,11 @@ def _first_groups(rounds: Sequence[Batch], wanted: int) -> Batch | None:
     batch = Batch.joined(rounds)
     groups = list(dict.fromkeys(batch.group.tolist()))[:wanted]
     return batch.only(torch.isin(batch.group, torch.tensor(groups)))
+
+
+def longest_episode(run: Run) -> int:
+    """Tokens that the policy can write in an episode at most."""
+    return int(run.policy.max_new_tokens * run.env.rules.max_turns)
 
 
 def beside(batch: Batch, learner: Learner, config: TrainConfig) -> Batch:

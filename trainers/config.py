@@ -62,6 +62,8 @@ class TrainConfig:
         negative = [f"{name}={getattr(self, name)}" for name in _AT_LEAST_ZERO if getattr(self, name) < 0]
         if negative:
             raise ValueError(f"{', '.join(negative)} must be 0 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more")
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite")

@@ -31,7 +31,7 @@ class Critic(nn.Module):
             self.trunk: Model = (
                 copy.deepcopy(model).unload().get_decoder() if is_adapted(model) else copy.deepcopy(model.get_decoder())
             )
-        self.trunk.requires_grad_(True)
+        self.trunk.float().requires_grad_(True)
         width = model.get_output_embeddings().weight.shape[1]
         self.head = nn.Linear(width, 1, device=model.device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)

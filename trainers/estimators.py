@@ -3,7 +3,8 @@
 
 An estimator is any function from a `Batch` to (B, K) advantages per turn, or to `TokenAdvantages`. What it returns for
 a turn that an episode did not have is not read. Make one of your own a frozen dataclass, so that a run notes its
-settings.
+settings. What an estimator reads beside rewards and tokens it says in its attribute `reads`: the channels `info_gain`
+and `self_guide`, the critic's `values`, the `reference` model's log-probabilities.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class GRPO:
 
     def __call__(self, batch: Batch, /) -> Tensor:
         """(B, K) advantages."""
-        return _on_all_turns(batch, grpo_advantages(batch.outcome, batch.group, ddof=self.ddof, eps=self.eps))
+        return _on_all_turns(batch, grpo_advantages(batch.reward, batch.group, ddof=self.ddof, eps=self.eps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class DrGRPO:
 
     def __call__(self, batch: Batch, /) -> Tensor:
         """(B, K) advantages."""
-        return _on_all_turns(batch, drgrpo_advantages(batch.outcome, batch.group))
+        return _on_all_turns(batch, drgrpo_advantages(batch.reward, batch.group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class RLOO:
 
     def __call__(self, batch: Batch, /) -> Tensor:
         """(B, K) advantages."""
-        return _on_all_turns(batch, rloo_advantages(batch.outcome, batch.group))
+        return _on_all_turns(batch, rloo_advantages(batch.reward, batch.group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +88,14 @@ class SelfGuide:
     ddof: int = 1
     eps: float = 1e-6
 
+    reads = frozenset({"self_guide"})
+
     def __call__(self, batch: Batch, /) -> Tensor:
         """(B, K) advantages. Raises ValueError where no turn has the channel."""
         guidance, has = batch.channel("self_guide")
         if not has.any():
             raise ValueError("no turn has the channel self_guide; put add_channel(env, SelfGuide()) around it")
-        returns = self_guide_returns(batch.outcome, guidance, has, trust=trust(batch.progress))
+        returns = self_guide_returns(batch.reward, guidance, has, trust=trust(batch.progress))
         return _on_all_turns(batch, grpo_advantages(returns, batch.group, ddof=self.ddof, eps=self.eps))
 
 
@@ -124,6 +127,8 @@ class IGPO:
     """Weight of the gains after they were standardised."""
     outcome_weight: float = 1.0
 
+    reads = frozenset({"info_gain"})
+
     def __post_init__(self) -> None:
         if self.form not in IGPO_FORMS:
             raise ValueError(f"unknown form {self.form!r} of IGPO; choose one of {', '.join(IGPO_FORMS)}")
@@ -138,7 +143,7 @@ class IGPO:
         return IGPO_FORMS[self.form](
             gains,
             has_gain,
-            batch.outcome,
+            batch.reward,
             batch.last,
             batch.group,
             gain_weight=self.gain_weight,
@@ -156,6 +161,8 @@ class BeliefGAE:
     gain_weight: float = 1.0
     outcome_weight: float = 1.0
 
+    reads = frozenset({"info_gain"})
+
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam={self.lam}; wanted within 0 and 1")
@@ -165,7 +172,7 @@ class BeliefGAE:
         _require_belief(batch)
         return igpo_gae_advantages(
             beliefs_before_turns(batch),
-            batch.outcome,
+            batch.reward,
             batch.last,
             batch.group,
             lam=self.lam,
@@ -193,7 +200,7 @@ class GiGPO:
         """(B, K) advantages."""
         return gigpo_advantages(
             batch.rewards,
-            batch.outcome,
+            batch.reward,
             state_ids(batch.episodes, self.state),
             batch.last,
             batch.group,
@@ -215,13 +222,14 @@ class GraphGPO:
     """What counts as one state: one of `state_graph.STATE_KEYS`. The release's search environment has `raw`."""
     omega: float = 0.2
     """What one turn more to success leaves of the return: 0.1, 0.2 and 0.8 in the paper's three worlds."""
-    form: str = "paper"
-    """One of `state_graph.RETURN_FORMS`."""
+    form: str = "code"
+    """One of `state_graph.RETURN_FORMS`. The paper's differs from the release's by a factor, which standardising
+    removes, but for the penalty below."""
     graph_weight: float = 1.0
     episode_weight: float = 1.0
     invalid_penalty: float = 0.1
-    """Taken off the return of a turn whose action was malformed, as released. What its episode's reward loses, which
-    is 0.1 in the release too, is the environment's weight of the channel `format`."""
+    """Taken off the return (10 at most) of a turn whose action was malformed, as released. What its episode's reward
+    loses is the environment's weight of the channel `format`; the release takes 0.1 off a reward of 10."""
 
     def __post_init__(self) -> None:
         _check_state(self.state)
@@ -235,7 +243,7 @@ class GraphGPO:
         malformed, _ = batch.channel("format")
         penalty = self.invalid_penalty * (malformed < 0)
         return graph_gpo_advantages(
-            batch.outcome,
+            batch.reward,
             batch.success,
             state_ids(batch.episodes, self.state),
             batch.last,
@@ -257,8 +265,13 @@ class ReinforcePP:
     gamma: float = 1.0
     """Discount per token of the policy."""
     kl: float = 0.0
-    """Weight of the penalty; above 0 the recipe must ask for a reference model."""
+    """Weight of the penalty."""
     kl_estimator: str = "k1"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The reference, for a penalty."""
+        return frozenset({"reference"} if self.kl else ())
 
     def __post_init__(self) -> None:
         _check_token_returns(self.gamma, 1.0, self.kl, self.kl_estimator)
@@ -276,7 +289,7 @@ class ReinforcePPBaseline:
     def __call__(self, batch: Batch, /) -> TokenAdvantages:
         """(B, T) advantages."""
         mask = batch.tokens.sampled
-        return TokenAdvantages(reinforce_pp_baseline_advantages(batch.outcome, mask, batch.group))
+        return TokenAdvantages(reinforce_pp_baseline_advantages(batch.reward, mask, batch.group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +302,11 @@ class PPO:
     kl: float = 0.0
     """Weight of a penalty for leaving the reference model, as a reward per token."""
     kl_estimator: str = "k1"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The critic's values, and the reference for a penalty."""
+        return frozenset({"values", "reference"} if self.kl else {"values"})
 
     def __post_init__(self) -> None:
         _check_token_returns(self.gamma, self.lam, self.kl, self.kl_estimator)
@@ -306,6 +324,11 @@ class Sum:
     """The sum of several estimators' advantages per turn."""
 
     parts: tuple[Estimator, ...]
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """All that any part reads."""
+        return frozenset[str]().union(*(getattr(part, "reads", ()) for part in self.parts))
 
     def __call__(self, batch: Batch, /) -> Tensor:
         """(B, K) advantages. Raises ValueError for a part with advantages per token."""

@@ -71,8 +71,8 @@ class Batch:
         return pad_sequence(rows, batch_first=True)
 
     @property
-    def outcome(self) -> Tensor:
-        """(B,) an episode's whole reward: the sum of `rewards`."""
+    def reward(self) -> Tensor:
+        """(B,) an episode's whole reward: the sum of `rewards` over its turns."""
         return self.rewards.sum(1)
 
     def channel(self, name: str) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class Batch:
         rows: Sequence[Tensor] = getattr(self, name)
         if not rows:
             raise ValueError(f"the batch has no {name}; the recipe must ask for it")
-        return pad_sequence([row.double() for row in rows], batch_first=True)
+        return pad_sequence([row.cpu().double() for row in rows], batch_first=True)
 
 
 _PER_EPISODE = ("episodes", "encoded", "old", "reference", "values")

@@ -51,17 +51,42 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     """
     model.eval()
     if config.gradient_checkpointing:
-        without_dropout(model)
-        with warnings.catch_warnings():  # transformers 5.23 prefers a name that 5.17 has not
-            warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        _checkpoint_layers(model)
+    if critic is not None and config.gradient_checkpointing:
+        _checkpoint_layers(critic.trunk)
     groups = [{"params": [own for own in model.parameters() if own.requires_grad], "lr": config.learning_rate}]
     if critic is not None:
         groups.append({"params": list(critic.parameters()), "lr": config.critic_learning_rate})
+    _check_precision(groups)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps)
+    if config.warmup_steps:
+        next_rate(schedule)  # it begins at 0, which would waste the first batch
     return Learner(model, tokenizer, optimizer, schedule, critic)
+
+
+def _checkpoint_layers(model: Any) -> None:
+    without_dropout(model)
+    with warnings.catch_warnings():  # transformers 5.23 prefers a name that 5.17 has not
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def _check_precision(groups: Sequence[dict[str, Any]]) -> None:
+    types = {str(own.dtype) for group in groups for own in group["params"]} - {"torch.float32", "torch.float64"}
+    if types:
+        raise ValueError(
+            f"weights to be trained are {', '.join(sorted(types))}, in which small steps round away; load the model"
+            " with dtype='float32', and compute in bfloat16 by TrainConfig(bf16=True)"
+        )
+
+
+def next_rate(schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Move a learning-rate schedule on by one step, whether or not the optimiser took one: an update may be skipped."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
+        schedule.step()
 
 
 def take_step(learner: Learner, losses: Sequence[float], max_grad_norm: float) -> list[float]:

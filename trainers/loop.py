@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,20 +12,21 @@ from typing import Any
 from agentgym_ig.answers import score
 from agentgym_ig.envs.rollout import VectorSearch
 from agentgym_ig.envs.wrappers import channels_of, layers
+from agentgym_ig.guide import verdict
 from agentgym_ig.lm.policy import TransformersPolicy
 from agentgym_ig.trainers.adapters import is_adapted
 from agentgym_ig.trainers.alarms import alarms
 from agentgym_ig.trainers.checkpoint import save_checkpoint, save_model
-from agentgym_ig.trainers.collect import collect, timed
+from agentgym_ig.trainers.collect import collect, longest_episode, timed
 from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.critic import Critic
 from agentgym_ig.trainers.experience import Batch, Experience
 from agentgym_ig.trainers.interrupt import Interruptible
 from agentgym_ig.trainers.journal import CHECKPOINTS, append, begin, stop_if_not_finite
-from agentgym_ig.trainers.learner import Learner, make_learner
+from agentgym_ig.trainers.learner import Learner, make_learner, next_rate
 from agentgym_ig.trainers.recipes import Recipe
 from agentgym_ig.trainers.reference import reference_of, weights_digest
-from agentgym_ig.trainers.trackers import trackers
+from agentgym_ig.trainers.trackers import check_trackers, trackers
 from agentgym_ig.trainers.update import Update
 from agentgym_ig.types import Stop
 
@@ -50,18 +50,23 @@ class Run:
         # A weight that changes by a function of the user's is theirs to repeat.
         channels = {own.channel.name: None if callable(own.weight) else own.weight for own in layers(self.env)}
         questions = {name: asdict(own) for name, own in sorted(self.env.questions.items())}
-        task = json.dumps({"questions": questions, "rules": rules, "channels": channels}, sort_keys=True)
         # These change nothing about a step; how many there will be, only where something depends on the share done.
         free = ["micro_batch", "evaluate_every", "save_every", "keep", "max_skipped_updates"]
-        if self.config.schedule == "constant_with_warmup" and not self.recipe.guided:
+        if self.config.schedule == "constant_with_warmup" and "self_guide" not in self.recipe.needs:
             free.append("steps")
         return {
             "recipe": self.recipe.settings,
-            "task": hashlib.sha256(task.encode()).hexdigest()[:16],
+            "questions": _digest(questions),
+            "rules": _digest(rules),
+            "channels": channels,
             "temperature": self.policy.temperature,
             "max_new_tokens": self.policy.max_new_tokens,
             **{name: value for name, value in asdict(self.config).items() if name not in free},
         }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 Progress = Callable[[int, dict[str, Any]], None]
@@ -81,7 +86,7 @@ def train(run: Run, *, resume: bool = False, progress: Progress = lambda done, m
     config, folder = run.config, run.out / CHECKPOINTS
     learner, settings = prepare(run)
     history = begin(run.out, learner, settings, resume=resume)
-    tracked = trackers(run.log_with, run.out, run.out.name, settings, begun=len(history))
+    tracked = trackers(run.log_with, run.out, run.out.resolve().name, settings, begun=len(history))
     with tracked as track, Interruptible() as interrupt:
         for step in range(len(history), config.steps):
             metrics = train_step(run, learner, step)
@@ -107,7 +112,8 @@ def train_step(run: Run, learner: Learner, step: int) -> dict[str, Any]:
     Earlier batches that are still learned from keep their advantages and the log-probabilities that they had.
     """
     collected = collect(run, learner, step)
-    metrics: dict[str, Any] = {"step": step + 1, **collected.figures}
+    rate = learner.schedule.get_last_lr()[0]
+    metrics: dict[str, Any] = {"step": step + 1, "learning_rate": rate, **collected.figures}
     if collected.learned is not None and collected.batch is not None:
         metrics |= summary(collected.batch, collected.learned)
         seconds: dict[str, float] = {}
@@ -119,9 +125,7 @@ def train_step(run: Run, learner: Learner, step: int) -> dict[str, Any]:
         metrics |= seconds
         kept = [*learner.replay, collected.learned]
         learner.replay[:] = kept[max(len(kept) - run.config.replay, 0) :]
-    with warnings.catch_warnings():  # a first step without an update is no mistake here
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
-        learner.schedule.step()
+    next_rate(learner.schedule)
     return {name: round(value, 4) if name.endswith("_s") else value for name, value in metrics.items()}
 
 
@@ -132,12 +136,14 @@ def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
     """
     if run.policy.temperature <= 0:
         raise ValueError(f"temperature={run.policy.temperature} samples no alternatives to learn from; use one above 0")
-    if run.recipe.guided and "self_guide" not in {channel.name for channel in channels_of(run.env)}:
+    needs = run.recipe.needs
+    if "self_guide" in needs and "self_guide" not in {channel.name for channel in channels_of(run.env)}:
         raise ValueError("this recipe reads the channel self_guide; train on add_channel(env, SelfGuide())")
+    check_trackers(run.log_with)
     model, settings = run.policy.model, run.settings
-    critic = Critic(model) if run.recipe.critic else None
+    critic = Critic(model) if "values" in needs else None
     learner = make_learner(model, run.policy.encoder.tokenizer, run.config, critic=critic)
-    if run.recipe.reads_reference:
+    if "reference" in needs:
         reference = reference_of(model)
         learner = replace(
             learner,
@@ -145,14 +151,10 @@ def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
                 encoded, temperature=run.policy.temperature, batch_size=run.config.micro_batch
             ),
         )
-    if run.recipe.reads_reference or is_adapted(model):
+    if "reference" in needs or is_adapted(model):
         settings["base_weights"] = weights_digest(model)
+    json.dumps(settings)  # what a checkpoint could not hold is found now
     return learner, settings
-
-
-def longest_episode(run: Run) -> int:
-    """Tokens that the policy can write in an episode at most."""
-    return int(run.policy.max_new_tokens * run.env.rules.max_turns)
 
 
 def summary(batch: Batch, learned: Experience) -> dict[str, float]:
@@ -163,7 +165,7 @@ def summary(batch: Batch, learned: Experience) -> dict[str, float]:
     written = float(tokens.sampled.sum())
     figures = {
         "em": sum(score("em", own.answer, own.question.answers) for own in episodes),
-        "reward": float(batch.outcome.sum()),
+        "reward": float(batch.reward.sum()),
         "outcome": sum(own.total("outcome") for own in episodes),
         "turns": sum(len(own.turns) for own in episodes),
         "searches": sum(len(turn.queries) for own in episodes for turn in own.turns),
@@ -173,5 +175,9 @@ def summary(batch: Batch, learned: Experience) -> dict[str, float]:
         "no_signal": float(silent.all(1).sum()),
         "tokens_per_episode": written,
     }
+    if any("self_guide" in turn.rewards for own in episodes for turn in own.turns):
+        figures["unreadable_verdicts"] = sum(
+            verdict(turn.action.text) is None for own in episodes for turn in own.turns
+        )
     nats = -float(batch.column("old")[tokens.sampled].sum())
     return {name: value / n for name, value in figures.items()} | {"entropy": nats / max(written, 1.0)}

@@ -42,16 +42,8 @@ from agentgym_ig.trainers.losses import (
 Gain = Literal["log", "prob"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overlong:
-    """DAPO's soft punishment of long episodes: nothing up to limit - buffer tokens of the policy, -1 from limit on."""
-
-    limit: int
-    buffer: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.buffer <= self.limit:
-            raise ValueError(f"limit={self.limit}, buffer={self.buffer}; wanted 1 <= buffer <= limit")
+READABLE = frozenset({"info_gain", "self_guide", "values", "reference"})
+"""What an estimator can ask for beside rewards and tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +55,35 @@ class Recipe:
     aggregation: str = "seq-mean-token-mean"
     """How token losses are averaged; see `aggregation.token_weights`. The `-norm` form divides by as many tokens as the
     update's episodes could have had."""
-    gain: Gain | None = None
-    """The channel `info_gain` that the estimator reads: differences of log-probabilities or of probabilities."""
+    gain: Gain = "log"
+    """What the channel `info_gain` holds, if the estimator reads it: differences of log-probabilities (`log`) or of
+    probabilities (`prob`)."""
     kl: float = 0.0
     """Weight of the KL to the reference model as a loss term."""
     kl_estimator: str = "k3"
-    needs_reference: bool = False
-    """Whether the estimator reads log-probabilities under the reference model."""
     entropy: float = 0.0
     """Weight of the bonus for entropy."""
-    critic: bool = False
-    """Whether a value function is trained, which the estimator reads (PPO)."""
-    guided: bool = False
-    """Whether the policy is asked to assess itself, which makes the channel `self_guide`."""
+    reads: frozenset[str] = frozenset()
+    """What an estimator that is a plain function reads, some of `READABLE`; one of ours says so itself."""
     sampling_rounds: int = 1
     """Above 1: groups without signal are drawn again, so often at most (DAPO's dynamic sampling)."""
-    overlong: Overlong | None = None
+    overlong: float = 0.0
+    """Above 0: DAPO's soft punishment, up to -1, of episodes that use up this last share of all tokens that they may
+    write."""
     preset: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TrainConfig` as the paper has them."""
 
     def __post_init__(self) -> None:
-        choices = {"aggregation": AGGREGATIONS, "gain": (None, "log", "prob"), "kl_estimator": tuple(KL_ESTIMATORS)}
+        choices = {"aggregation": AGGREGATIONS, "gain": ("log", "prob"), "kl_estimator": tuple(KL_ESTIMATORS)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 wanted = ", ".join(map(str, allowed))
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {wanted}")
+        if self.reads - READABLE or not 0 <= self.overlong <= 1:
+            raise ValueError(
+                f"reads={sorted(self.reads)}: wanted some of {sorted(READABLE)}; overlong={self.overlong}: wanted a"
+                " share from 0 to 1"
+            )
         if not 0 <= self.kl < float("inf") or not 0 <= self.entropy < float("inf") or self.sampling_rounds < 1:
             raise ValueError(
                 f"kl={self.kl} and entropy={self.entropy} must be finite and not below 0,"
@@ -95,14 +91,15 @@ class Recipe:
             )
 
     @property
-    def reads_reference(self) -> bool:
-        """Whether there must be a reference model."""
-        return self.kl > 0 or self.needs_reference
+    def needs(self) -> frozenset[str]:
+        """All that the estimator and the loss read beside rewards and tokens, some of `READABLE`."""
+        own: frozenset[str] = getattr(self.estimator, "reads", frozenset())
+        return self.reads | own | frozenset(["reference"] if self.kl else [])
 
     @property
     def own_channels(self) -> frozenset[str]:
         """The channels that the estimator reads turn by turn, so that they are no part of an episode's reward."""
-        return frozenset(["info_gain"] if self.gain else []) | frozenset(["self_guide"] if self.guided else [])
+        return self.needs & {"info_gain", "self_guide"}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -118,6 +115,8 @@ def described(part: Any) -> Any:
     if is_dataclass(part):
         own = {each.name: described(getattr(part, each.name)) for each in fields(part)}
         return {"config": type(part).__name__, **own}
+    if isinstance(part, frozenset):
+        return sorted(part)
     if isinstance(part, tuple | list):
         return [described(own) for own in part]
     if callable(part):
@@ -128,7 +127,6 @@ def described(part: Any) -> Any:
 _GROUPS = {"group_size": 8, "questions_per_step": 16}
 _IGPO = {
     "estimator": IGPO(),
-    "gain": "log",
     "kl": 0.001,
     "entropy": 0.001,
     "preset": {"learning_rate": 1e-6, "questions_per_step": 32, "group_size": 16},
@@ -145,16 +143,15 @@ PARTS: dict[str, dict[str, Any]] = {
         "loss": partial(clipped_loss, clip_low=0.2, clip_high=0.28),
         "aggregation": "token-mean",
         "sampling_rounds": 10,
-        "overlong": Overlong(limit=20480, buffer=4096),
+        "overlong": 0.2,
         "preset": {"learning_rate": 1e-6, "warmup_steps": 20, "updates_per_step": 16, "group_size": 16},
     },
-    "gspo": {"loss": gspo_token_loss, "preset": {"updates_per_step": 4}},
+    "gspo": {"loss": gspo_token_loss, "aggregation": "seq-mean-token-mean", "preset": {"updates_per_step": 4}},
     "cispo": {"loss": cispo_loss, "aggregation": "token-mean", "preset": {"updates_per_step": 16}},
-    "sapo": {"loss": sapo_loss, "preset": {"updates_per_step": 4}},
+    "sapo": {"loss": sapo_loss, "aggregation": "seq-mean-token-mean", "preset": {"updates_per_step": 4}},
     "rloo": {"estimator": RLOO(), "aggregation": "seq-mean-token-sum", "preset": {"group_size": 4}},
     "reinforce++": {
         "estimator": ReinforcePP(kl=0.001),
-        "needs_reference": True,
         "aggregation": "token-mean",
         "preset": {"learning_rate": 5e-7},
     },
@@ -167,8 +164,6 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "ppo": {
         "estimator": PPO(kl=0.001),
-        "needs_reference": True,
-        "critic": True,
         "aggregation": "token-mean",
         "preset": {"learning_rate": 1e-6, "critic_learning_rate": 1e-5, "updates_per_step": 2},
     },
@@ -176,12 +171,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "graphgpo": {"estimator": GraphGPO(), "kl": 0.01, "preset": {"learning_rate": 1e-6, **_GROUPS}},
     "igpo": _IGPO,
     "igpo-v1": _IGPO | {"estimator": IGPO(form="joint"), "gain": "prob"},
-    "self-guide": {"estimator": SelfGuide(), "guided": True, "kl": 0.001, "preset": {"steps": 80, **_GROUPS}},
+    "self-guide": {"estimator": SelfGuide(), "kl": 0.001, "preset": {"steps": 80, **_GROUPS}},
     "gipo": {"loss": gipo_loss, "preset": {"replay": 1}},
     "igpo-gae": {"estimator": BeliefGAE(), "gain": "prob", "kl": 0.001, "preset": {"learning_rate": 1e-6}},
     "igpo-gigpo": {
         "estimator": Sum(parts=(IGPO(), GiGPO(episode_weight=0.0))),
-        "gain": "log",
         "kl": 0.001,
         "preset": {"learning_rate": 1e-6},
     },
@@ -211,7 +205,7 @@ def with_kl(chosen: Recipe, weight: float) -> Recipe:
     that its estimator gives (PPO, REINFORCE++).
     """
     if isinstance(chosen.estimator, PPO | ReinforcePP):
-        return replace(chosen, estimator=replace(chosen.estimator, kl=weight), needs_reference=weight > 0)
+        return replace(chosen, estimator=replace(chosen.estimator, kl=weight))
     return replace(chosen, kl=weight)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agentgym_ig.lm.alone import alone_with
 from agentgym_ig.lm.encode import Encoded
-from agentgym_ig.trainers.adapters import base_weights, is_adapted, without_adapter
+from agentgym_ig.trainers.adapters import adapter_state, base_weights, is_adapted, without_adapter
 from agentgym_ig.trainers.modes import read_tokens
 from agentgym_ig.trainers.scoring import Model, token_logprobs
 
@@ -48,9 +48,12 @@ class Reference:
 def reference_of(model: Model) -> Reference:
     """The model as it is now, as a reference: to be made before training, and before a checkpoint is restored.
 
-    A model with an adapter is its own reference, with the adapter off; any other is copied, on its own device.
+    A model with a fresh adapter is its own reference, with the adapter off; any other is copied, on its own device.
+    Raises ValueError for an adapter that has been trained, since without it the model is another.
     """
     if is_adapted(model):
+        if any("lora_B" in name and tensor.any() for name, tensor in adapter_state(model).items()):
+            raise ValueError("the adapter has been trained; begin from merged(model) with a fresh one")
         return Reference(model)
     with alone_with(model):
         return Reference(copy.deepcopy(model).eval().requires_grad_(False))

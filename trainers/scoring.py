@@ -57,8 +57,8 @@ def token_entropies(
     """
     row, before = wanted[:, 1:].nonzero(as_tuple=True)
     logits = _logits_at(model, (row, before), temperature, {"input_ids": batch.ids, "use_cache": False})
-    values = -cross_entropy(logits, batch.ids[row, before + 1], reduction="none")
     every = logits.log_softmax(-1)
+    values = every.gather(-1, batch.ids[row, before + 1, None])[:, 0]
     entropies = -(every.exp() * every).sum(-1)
     return _placed(values, row, before + 1, batch.ids), _placed(entropies, row, before + 1, batch.ids)
 

@@ -28,7 +28,7 @@ from agentgym_ig.trainers.collect import timed
 from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.interrupt import Interruptible
 from agentgym_ig.trainers.journal import CHECKPOINTS, append, begin, stop_if_not_finite
-from agentgym_ig.trainers.learner import Learner, make_learner, precision, take_step
+from agentgym_ig.trainers.learner import Learner, make_learner, next_rate, precision, take_step
 from agentgym_ig.trainers.reference import weights_digest
 from agentgym_ig.trainers.scoring import Model, token_logprobs
 from agentgym_ig.types import Action, Trajectory
@@ -178,7 +178,7 @@ def train_step(learner: Learner, encoded: Sequence[Encoded], config: SftConfig, 
         except FloatingPointError:
             learner.optimizer.zero_grad()
             metrics["skipped_updates"] = 1
-    learner.schedule.step()
+    next_rate(learner.schedule)
     return metrics | {name: round(value, 4) for name, value in seconds.items()}
 
 

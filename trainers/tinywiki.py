@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from agentgym_ig.envs.evaluate import Suite, suite_datasets
@@ -40,8 +42,9 @@ def tiny_policy(model: Any, tokenizer: Any) -> TransformersPolicy:
     return TransformersPolicy(model, tokenizer, max_new_tokens=16, batch_size=512)
 
 
-def tiny_config(seed: int, steps: int = 80) -> TrainConfig:
-    """Settings under which the small policy learns in a minute or two."""
+def tiny_config(seed: int, steps: int = 80, *, preset: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
+    """Settings under which the small policy learns in a minute or two, with what a recipe's preset says of updates."""
+    updates = {name: value for name, value in preset.items() if name in ("updates_per_step", "epochs", "replay")}
     return TrainConfig(
         steps=steps,
         questions_per_step=8,
@@ -49,6 +52,7 @@ def tiny_config(seed: int, steps: int = 80) -> TrainConfig:
         learning_rate=5e-4,
         micro_batch=96,
         seed=seed,
+        **updates,
     )
 
 

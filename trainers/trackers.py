@@ -49,7 +49,7 @@ def trackers(
 
     Raises, before anything is started, ValueError for an unknown name and ImportError for a package not installed.
     """
-    _check(names)
+    check_trackers(names)
     folder = out / "trackers"
     with ExitStack() as stack:
         started = [_start(name, folder, project, settings, begun, stack) for name in dict.fromkeys(names)]
@@ -68,7 +68,8 @@ def trackers(
         yield log
 
 
-def _check(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for an unknown name, and ImportError for a package that is not installed."""
     unknown = [name for name in names if name not in TRACKERS]
     if unknown:
         raise ValueError(f"unknown tracker {unknown[0]!r}; choose from {', '.join(TRACKERS)}")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from agentgym_ig.commands.console import bar, console, evaluation_table, interruptible
+from agentgym_ig.envs.episode import Rules
+from agentgym_ig.prompts import with_guide
 
 QuestionsOption = Annotated[
     Path | None, typer.Option(help="Folder with <dataset>.jsonl[.gz] files (not for tinywiki).")
@@ -22,8 +24,14 @@ MaxTurnsOption = Annotated[int | None, typer.Option(help="Actions per episode.")
 PromptOption = Annotated[str | None, typer.Option(help="Prompt by name: search-r1, igpo (function calls) or tinywiki.")]
 
 
-def rules_set_by_user(top_k: int | None, max_turns: int | None, prompt: str | None) -> dict[str, Any]:
-    """The fields of `Rules` that the user named."""
+def rules_set_by_user(
+    top_k: int | None, max_turns: int | None, prompt: str | None, *, guide: bool = False
+) -> dict[str, Any]:
+    """The fields of `Rules` that the user named; with `guide`, a prompt that asks for self-assessment (Self-Guide)."""
+    if guide:
+        return rules_set_by_user(top_k, max_turns, None) | {
+            "prompt": with_guide(Rules(prompt=prompt or "search-r1").texts)
+        }
     given = {"top_k": top_k, "max_turns": max_turns, "prompt": prompt}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -48,6 +56,9 @@ def evaluate(
     top_k: TopKOption = None,
     max_turns: MaxTurnsOption = None,
     prompt: PromptOption = None,
+    guide: Annotated[
+        bool, typer.Option("--guide", help="Ask for self-assessment, as training by self-guide does.")
+    ] = False,
     batch: Annotated[int, typer.Option(help="Episodes side by side.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of all random draws, and of TinyWiki's test world.")] = 0,
     device: DeviceOption = "cpu",
@@ -61,7 +72,7 @@ def evaluate(
         raise ValueError("--resume goes on with a file of episodes; name it by --episodes")
     if episodes is not None and episodes.exists() and not resume:
         raise FileExistsError(f"{episodes} is there already; go on with it by --resume, or give another file")
-    asked = open_suite(suite, questions, index, limit, rules_set_by_user(top_k, max_turns, prompt), seed)
+    asked = open_suite(suite, questions, index, limit, rules_set_by_user(top_k, max_turns, prompt, guide=guide), seed)
     if suite == "tinywiki":
         prepare_for_small_models()
         max_new_tokens = min(max_new_tokens, 16)

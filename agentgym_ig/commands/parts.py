@@ -117,8 +117,8 @@ def open_training(
     from agentgym_ig.trainers.config import TrainConfig
     from agentgym_ig.trainers.tinywiki import tiny_config, training_env, training_world
 
-    tiny = suite == "tinywiki"
-    config = tiny_config(seed) if tiny else TrainConfig(seed=seed, **recipe.preset)
+    tiny, guided = suite == "tinywiki", "self_guide" in recipe.needs
+    config = tiny_config(seed, preset=recipe.preset) if tiny else TrainConfig(seed=seed, **recipe.preset)
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
     places = config.questions_per_step * config.group_size
     if tiny:
@@ -132,15 +132,34 @@ def open_training(
             raise ValueError(
                 f"{questions} holds no in-domain dataset of suite {suite!r}, so there is nothing to train on"
             )
-        rules = replace(asked.rules, prompt=with_guide(asked.rules.texts)) if recipe.guided else asked.rules
+        rules = replace(asked.rules, prompt=with_guide(asked.rules.texts)) if guided else asked.rules
         env = replace(asked, questions=own, rules=rules).env(places)
-    return config, add_channel(env, SelfGuide()) if recipe.guided else env
+    return config, add_channel(env, SelfGuide()) if guided else env
 
 
-def open_learner(
-    name: str, device: str, lora_rank: int | None, *, temperature: float, max_new_tokens: int
-) -> TransformersPolicy:
-    """A model to be trained, in float32, with a fresh adapter if there is a rank."""
+SMALL = 20_000_000
+"""Parameters up to which a model is taken for one like the shipped policy."""
+
+
+def check_fits_suite(policy: TransformersPolicy, suite: str, recipe: Recipe, learning_rate: float | None) -> None:
+    """Raise ValueError where TinyWiki's settings would train another model badly, or a recipe would have no effect."""
+    if suite != "tinywiki":
+        return
+    size = policy.model.num_parameters()
+    if size > SMALL and learning_rate is None:
+        raise ValueError(
+            f"the model has {size:,} parameters, and TinyWiki's learning rate of 5e-4 is for one of 0.2 million; give"
+            " --learning-rate and --max-new-tokens"
+        )
+    if "self_guide" in recipe.needs and "<guide>" not in policy.encoder.tokenizer.get_vocab():
+        raise ValueError(
+            "this model was never shown how to assess itself, so self-guide would be GRPO; train one to by supervised"
+            " fine-tuning first, or take another suite, whose prompt asks for it"
+        )
+
+
+def open_learner(name: str, device: str, lora_rank: int | None, *, seed: int, **sampling: Any) -> TransformersPolicy:
+    """A model to be trained, in float32, with a fresh adapter if there is a rank; `sampling` as for the policy."""
     from agentgym_ig.lm.policy import TransformersPolicy
     from agentgym_ig.trainers.tinywiki import load_policy_model
 
@@ -148,8 +167,8 @@ def open_learner(
     if lora_rank is not None:
         from agentgym_ig.trainers.adapters import with_lora
 
-        model = with_lora(model, rank=lora_rank, alpha=2 * lora_rank)
-    return TransformersPolicy(model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens)
+        model = with_lora(model, rank=lora_rank, alpha=2 * lora_rank, seed=seed)
+    return TransformersPolicy(model, tokenizer, **sampling)
 
 
 def open_policy(

@@ -59,7 +59,8 @@ def quickstart(
     from agentgym_ig.trainers.tinywiki import tiny_recipe
 
     prepare_for_small_models()
-    tiny_recipe(recipe)
+    if "self_guide" in tiny_recipe(recipe).needs:
+        raise ValueError("the shipped policy was never shown how to assess itself; choose another recipe")
     settings = Settings(recipe, seed, steps, questions, from_scratch)
     _claim(out, settings)
     command = (

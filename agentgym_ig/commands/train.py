@@ -40,6 +40,7 @@ def train(
     questions_per_step: Annotated[int | None, typer.Option(help="8 for tinywiki, else the recipe's.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Episodes per question: 12 for tinywiki.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="5e-4 for tinywiki, else the recipe's.")] = None,
+    critic_learning_rate: Annotated[float | None, typer.Option(help="Of PPO's critic.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps over which the learning rate rises.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="constant_with_warmup, linear or cosine, of the learning rate.")
@@ -53,7 +54,9 @@ def train(
     bf16: Bf16Option = False,
     gradient_checkpointing: CheckpointingOption = False,
     micro_batch: Annotated[int | None, typer.Option(help="Episodes per pass: lower it if memory runs out.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens per action.")] = 256,
+    rollout_batch: Annotated[int, typer.Option(help="Episodes sampled at once: lower it if memory runs out.")] = 128,
+    max_skipped_updates: Annotated[int | None, typer.Option(help="Updates not finite that are let pass.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens per action: 16 for tinywiki, else 256.")] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     top_k: TopKOption = None,
     max_turns: MaxTurnsOption = None,
@@ -61,12 +64,18 @@ def train(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     keep: Annotated[int | None, typer.Option(help="Checkpoints kept.")] = None,
     log_with: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all random draws, and of TinyWiki's training world.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random draws, and of TinyWiki's training world.")] = 0,
     device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
 ) -> None:
     """Train a model; writes metrics.jsonl, checkpoints and, at the end, the model."""
-    from agentgym_ig.commands.parts import open_learner, open_recipe, open_training, prepare_for_small_models
+    from agentgym_ig.commands.parts import (
+        check_fits_suite,
+        open_learner,
+        open_recipe,
+        open_training,
+        prepare_for_small_models,
+    )
     from agentgym_ig.trainers.loop import Run
     from agentgym_ig.trainers.loop import train as run_training
 
@@ -75,6 +84,7 @@ def train(
         "questions_per_step": questions_per_step,
         "group_size": group_size,
         "learning_rate": learning_rate,
+        "critic_learning_rate": critic_learning_rate,
         "warmup_steps": warmup_steps,
         "schedule": schedule,
         "updates_per_step": updates_per_step,
@@ -83,16 +93,25 @@ def train(
         "bf16": bf16 or None,
         "gradient_checkpointing": gradient_checkpointing or None,
         "micro_batch": micro_batch,
+        "max_skipped_updates": max_skipped_updates,
         "save_every": save_every,
         "keep": keep,
     }
     if suite == "tinywiki":
         prepare_for_small_models()
-        max_new_tokens = min(max_new_tokens, 16)
     chosen = open_recipe(recipe, suite, kl=kl, entropy=entropy)
     overrides = rules_set_by_user(top_k, max_turns, prompt)
     config, env = open_training(suite, questions, index, overrides, given, chosen, seed=seed)
-    policy = open_learner(model, device, lora_rank, temperature=temperature, max_new_tokens=max_new_tokens)
+    policy = open_learner(
+        model,
+        device,
+        lora_rank,
+        seed=seed,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens or (16 if suite == "tinywiki" else 256),
+        batch_size=rollout_batch,
+    )
+    check_fits_suite(policy, suite, chosen, learning_rate)
     run = Run(policy, env, chosen, config, out, log_with=tuple(log_with or ()))
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar(f"training {recipe}", config.steps) as advance:
@@ -106,4 +125,5 @@ def train(
                     console.print(f"[yellow]step {done}:[/] {alarm}", highlight=False, soft_wrap=True)
 
         folder = run_training(run, resume=resume, progress=note)
-    console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}")
+    console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}", end="")
+    console.print("" if suite == "tinywiki" else f" --questions {questions} --index {' --index '.join(index or ())}")

@@ -30,8 +30,11 @@ from agentgym_ig.types import Action, Conversation
 def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Tokenizer]:
     """A causal language model and its tokenizer, from the hub or a folder, ready to sample.
 
-    Raises FileNotFoundError for a name that is neither, and ValueError for a model without a chat template.
+    Raises FileNotFoundError for a name that is neither, and ValueError for a model without a chat template or a device
+    that is not there.
     """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch {torch.__version__} sees no CUDA device here; take cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
