@@ -16,13 +16,13 @@ from matplotlib import pyplot as plt
 
 COLOURS = {"id_em": "#1f6feb", "ood_em": "#d9730d"}
 NAMES = {"id_em": "in-domain", "ood_em": "out-of-domain"}
-COLUMNS = 5
 
 
 def plot_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], out: Path) -> None:
     """A small plot for each recipe: exact match over rollouts, mean and 95 % interval, with GRPO's mean behind it."""
-    rows = -(-len(curves) // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(2.6 * COLUMNS, 2.3 * rows), sharex=True, sharey=True)
+    columns = 3 if len(curves) <= 6 else 5
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.3 * rows), sharex=True, sharey=True)
     flat = list(np.atleast_1d(axes).flat)
     for axis, (name, runs) in zip(flat, curves.items(), strict=False):
         for metric, colour in COLOURS.items():
@@ -35,6 +35,7 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], out
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.25)
         axis.set_ylim(0, 100)
+        axis.tick_params(labelbottom=True)
     for axis in flat[len(curves) :]:
         axis.axis("off")
     flat[0].legend(fontsize=8, frameon=False, loc="upper left")

@@ -140,11 +140,11 @@ PLAIN = replace(recipe("igpo"), kl=0.0)
         ({"chosen": replace(PLAIN, loss=gipo_loss)}, "gipo_loss"),
         ({"chosen": replace(PLAIN, loss=partial(gipo_loss, sigma=0.5))}, "'sigma': 0.5"),
         ({"chosen": replace(PLAIN, estimator=IGPO(gamma=0.5))}, "'gamma': 0.5"),
-        ({"env": other_env(questions=8)}, "task="),
-        ({"env": other_env(max_turns=4)}, "task="),
-        ({"env": other_env(weights={"outcome": 2.0})}, "task="),
-        ({"env": tiny_env()}, "task="),
-        ({"env": add_channel(tiny_env(), Format(name="form"), weight=0.25)}, "task="),
+        ({"env": other_env(questions=8)}, "questions="),
+        ({"env": other_env(max_turns=4)}, "rules="),
+        ({"env": other_env(weights={"outcome": 2.0})}, "rules="),
+        ({"env": tiny_env()}, "channels="),
+        ({"env": add_channel(tiny_env(), Format(name="form"), weight=0.25)}, "channels="),
     ],
 )
 def test_a_run_with_other_settings_is_not_this_run(change: dict[str, Any], message: str, tmp_path: Path) -> None:

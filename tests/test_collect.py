@@ -17,7 +17,7 @@ from agentgym_ig.envs import SearchVectorEnv, rollout
 from agentgym_ig.envs.rollout import VectorSearch
 from agentgym_ig.envs.tinywiki import TINYWIKI_RULES
 from agentgym_ig.errors import SearchFailed
-from agentgym_ig.trainers import Overlong, Recipe, Run, recipe
+from agentgym_ig.trainers import Recipe, Run, recipe
 from agentgym_ig.trainers.collect import collect, draw_starts, read
 from agentgym_ig.trainers.experience import Batch
 from agentgym_ig.trainers.loop import prepare, train_step
@@ -103,7 +103,7 @@ def test_dynamic_sampling_stops_with_as_many_groups_as_wanted(tmp_path: Path) ->
     groups = by_group(collected.batch.episodes)
     assert len(groups) == 3
     assert all(len(own) == 4 for own in groups.values())
-    paid = dict(zip(map(key, collected.batch.episodes), collected.batch.outcome.tolist(), strict=True))
+    paid = dict(zip(map(key, collected.batch.episodes), collected.batch.reward.tolist(), strict=True))
     assert all(len({paid[key(each)] for each in own}) > 1 for own in groups.values())
     assert collected.figures["groups_with_signal"] >= 3
     assert collected.figures["sampling_rounds"] < 20
@@ -181,10 +181,15 @@ def test_a_step_whose_searches_all_failed_learns_nothing(name: str, tmp_path: Pa
 
 
 def test_long_episodes_are_punished_on_their_last_turn(tmp_path: Path) -> None:
-    run = fresh(tmp_path, replace(recipe("grpo"), overlong=Overlong(limit=18, buffer=8)))
+    run = fresh(tmp_path, replace(recipe("grpo"), overlong=8 / 18))
+    run = replace(
+        run,
+        env=SearchVectorEnv(run.env.index, list(run.env.questions.values()), 12, replace(run.env.rules, max_turns=3)),
+    )
+    run.policy.max_new_tokens = 6  # so that an episode has at most 18
     batch = scored(run)
     seen = set()
-    for own, total in zip(batch.episodes, batch.outcome.tolist(), strict=True):
+    for own, total in zip(batch.episodes, batch.reward.tolist(), strict=True):
         written = sum(len(turn.action.token_ids) for turn in own.turns)
         wanted = 0.0 if written <= 10 else max((10 - written) / 8, -1.0)
         assert own.channel("overlong")[:-1] == [None] * (len(own.turns) - 1)
@@ -271,5 +276,5 @@ def test_an_environment_with_channels_pays_as_it_says(tmp_path: Path) -> None:
     run = fresh(tmp_path, "grpo", env=env)
     collected = collect(run, begun(run, rate=0.1), 0)
     assert collected.batch is not None
-    for own, total in zip(collected.batch.episodes, collected.batch.outcome.tolist(), strict=True):
+    for own, total in zip(collected.batch.episodes, collected.batch.reward.tolist(), strict=True):
         assert total == own.total("outcome") + 0.5 * own.total("search_cost")

@@ -137,7 +137,7 @@ def test_a_critic_fits_what_each_episode_brings() -> None:
 def test_the_critic_of_a_bfloat16_policy_values_in_float32() -> None:
     critic = Critic(tiny_model().bfloat16())
     assert critic.values(pad(episodes())).dtype == torch.float32
-    assert {own.dtype for own in critic.trunk.parameters()} == {torch.bfloat16}
+    assert {own.dtype for own in critic.parameters()} == {torch.float32}
 
 
 def test_the_head_is_read_in_float32_under_autocast_too() -> None:

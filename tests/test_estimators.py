@@ -56,7 +56,7 @@ def batch(gain: Gain = "log") -> Batch:
     env = paid_env(24)
     ids = list(env.questions)
     played = rollout(env, shipped_policy(), [Start(ids[number // 6], number // 6, number) for number in range(24)])
-    run = fresh(Path("unused"), replace(recipe("grpo"), gain=gain))
+    run = fresh(Path("unused"), replace(recipe("igpo"), gain=gain))
     return replace(scored(run, episodes=played), weights=WEIGHTS)
 
 
@@ -261,7 +261,8 @@ def test_graph_gpo_takes_malformed_turns_off_their_return() -> None:
     ends, last, group = hand()
     penalty = torch.zeros(24, int(last.max()) + 1, dtype=torch.float64)
     penalty[0, 0] = 0.5
-    wanted = graph_gpo_advantages(ends, changed.success, states(), last, group, omega=0.2, penalty=penalty)
+    settings: dict[str, Any] = {"omega": 0.2, "form": "code", "penalty": penalty}
+    wanted = graph_gpo_advantages(ends, changed.success, states(), last, group, **settings)
     assert_close(GraphGPO(invalid_penalty=0.5)(changed), wanted)
 
 

@@ -26,9 +26,9 @@ def test_rewards_are_the_weighted_channels() -> None:
     for row, episode in zip(batch.rewards.tolist(), episodes, strict=True):
         own = [2.0 * turn.rewards.get("outcome", 0.0) + 0.5 * turn.rewards.get("format", 0.0) for turn in episode.turns]
         assert row == own + [0.0] * (len(row) - len(own))
-    assert batch.outcome.tolist() == [2.0 * own.total("outcome") + 0.5 * own.total("format") for own in episodes]
+    assert batch.reward.tolist() == [2.0 * own.total("outcome") + 0.5 * own.total("format") for own in episodes]
     assert batch.rewards.dtype == torch.float64
-    assert batch.outcome.sum() > 0
+    assert batch.reward.sum() > 0
     assert batch.success.tolist() == [own.answer in own.question.answers for own in episodes]
     assert batch.last.tolist() == [len(own.turns) - 1 for own in episodes]
     assert batch.group.tolist() == [number // 4 for number in range(16)]

@@ -20,7 +20,6 @@ from agentgym_ig.trainers import (
     BeliefGAE,
     GiGPO,
     GraphGPO,
-    Overlong,
     Recipe,
     ReinforcePP,
     ReinforcePPBaseline,
@@ -33,7 +32,7 @@ from agentgym_ig.trainers import (
 from agentgym_ig.trainers.checkpoint import checkpoints, read_state
 from agentgym_ig.trainers.loop import train_step
 from agentgym_ig.trainers.losses import clipped_loss, gipo_loss, gspo_token_loss
-from agentgym_ig.trainers.recipes import described
+from agentgym_ig.trainers.recipes import READABLE, described
 from tests.runs import begun, fresh, paid_env, same, weights
 
 
@@ -65,15 +64,15 @@ def test_methods_are_put_together(name: str, estimator: Any, loss: Any, rounds: 
 
 def test_all_parts_of_both_methods_are_kept_and_the_first_preset_wins() -> None:
     made = recipe("self-guide+dapo")
-    assert made.guided
-    assert made.overlong == Overlong(limit=20480, buffer=4096)
+    assert made.needs == {"self_guide", "reference"}
+    assert made.overlong == 0.2
     assert (made.kl, made.aggregation) == (0.001, "token-mean")
     assert made.preset == {"learning_rate": 1e-6, "warmup_steps": 20, "updates_per_step": 16, "steps": 80} | {
         "group_size": 8,
         "questions_per_step": 16,
     }
     assert recipe("dapo+self-guide").preset["group_size"] == 16
-    assert recipe("reinforce+++gipo").needs_reference
+    assert recipe("reinforce+++gipo").needs == {"reference"}
     assert recipe("reinforce++") == recipe("reinforce+++reinforce++")
 
 
@@ -101,7 +100,7 @@ def test_an_unknown_name_is_told_all_names(name: str) -> None:
 
 def other(value: Any) -> Any:
     """Another value of a setting's type."""
-    words = {"log": "prob", "separate": "joint", "paper": "code", "docset": "raw", "k1": "k2", "k3": "k2"}
+    words = {"log": "prob", "separate": "joint", "code": "paper", "docset": "raw", "k1": "k2", "k3": "k2"}
     words |= {"seq-mean-token-mean": "token-mean"}
     if isinstance(value, bool):
         return not value
@@ -118,13 +117,12 @@ def test_settings_differ_whenever_any_setting_of_a_part_does() -> None:
     for own in ESTIMATORS:
         made += [Recipe(estimator=replace(own, **{each.name: other(getattr(own, each.name))})) for each in fields(own)]
     made += [Recipe(estimator=Sum(parts=parts)) for parts in ((IGPO(),), (IGPO(), GiGPO()), (IGPO(gamma=0.5), GiGPO()))]
-    plain = {"aggregation", "kl", "kl_estimator", "needs_reference", "entropy", "critic", "guided", "sampling_rounds"}
+    plain = {"aggregation", "gain", "kl", "kl_estimator", "entropy", "overlong", "sampling_rounds"}
     made += [Recipe(**{name: other(getattr(Recipe(), name))}) for name in sorted(plain)]
-    made += [Recipe(gain="log"), Recipe(gain="prob")]
-    made += [Recipe(overlong=Overlong(limit=limit, buffer=buffer)) for limit, buffer in ((8, 4), (8, 5), (9, 4))]
+    made += [Recipe(reads=frozenset({name})) for name in sorted(READABLE)]
     losses = (gipo_loss, partial(gipo_loss, sigma=0.5), partial(gipo_loss, sigma=0.25), partial(clipped_loss))
     made += [Recipe(loss=loss) for loss in losses]
-    assert {own.name for own in fields(Recipe)} == plain | {"estimator", "loss", "gain", "overlong", "preset"}
+    assert {own.name for own in fields(Recipe)} == plain | {"estimator", "loss", "reads", "preset"}
     seen = [json.dumps(own.settings, sort_keys=True) for own in made]
     assert len(set(seen)) == len(seen)
     assert Recipe(preset={"steps": 3}).settings == Recipe().settings
@@ -186,7 +184,9 @@ def test_an_estimator_of_ones_own_trains_and_is_noted(tmp_path: Path) -> None:
     runs = {}
     mine: dict[str, Any] = {"theirs": IGPO(), "mine": gains_and_outcome, "doubled": Doubled()}
     for name, own in mine.items():
-        runs[name] = run = fresh(tmp_path / name, replace(recipe("igpo"), estimator=own), steps=1)
+        runs[name] = run = fresh(
+            tmp_path / name, replace(recipe("igpo"), estimator=own, reads=frozenset({"info_gain"})), steps=1
+        )
         train(run)
     end = {name: weights(run.policy.model) for name, run in runs.items()}
     assert same(end["theirs"], end["mine"])
@@ -203,12 +203,14 @@ def test_an_estimator_of_ones_own_trains_and_is_noted(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"aggregation": "mean"}, "token-mean, seq-mean-token-mean"),
-        ({"gain": "logit"}, "None, log, prob"),
+        ({"gain": "logit"}, "one of log, prob"),
         ({"kl_estimator": "k4"}, "k1, abs, k2, k3"),
         ({"kl": -0.1}, "kl=-0.1"),
         ({"kl": float("nan")}, "kl=nan"),
         ({"entropy": float("inf")}, "entropy=inf"),
         ({"sampling_rounds": 0}, "sampling_rounds=0"),
+        ({"reads": frozenset({"beliefs"})}, "beliefs"),
+        ({"overlong": 1.5}, "overlong=1.5"),
     ],
 )
 def test_parts_are_checked_at_birth(change: dict[str, Any], message: str) -> None:
@@ -225,7 +227,11 @@ def test_parts_are_checked_at_birth(change: dict[str, Any], message: str) -> Non
         (lambda: BeliefGAE(lam=-0.1), "lam=-0.1"),
         (lambda: GiGPO(state="soup"), "raw, docset"),
         (lambda: GraphGPO(state="soup"), "raw, docset"),
-        (lambda: Overlong(limit=4, buffer=5), "buffer=5"),
+        (lambda: GraphGPO(omega=1.0), "omega=1.0"),
+        (lambda: GraphGPO(form="best"), "paper, code"),
+        (lambda: PPO(lam=1.5), "lam=1.5"),
+        (lambda: PPO(kl=-1.0), "kl=-1.0"),
+        (lambda: ReinforcePP(kl_estimator="k9"), "k1, abs"),
     ],
 )
 def test_estimators_are_checked_at_birth(make: Any, message: str) -> None:

@@ -17,10 +17,11 @@ from torch.testing import assert_close
 
 from agentgym_ig.trainers import Recipe, Run, recipe, train
 from agentgym_ig.trainers.aggregation import AGGREGATIONS, token_weights
+from agentgym_ig.trainers.collect import longest_episode
 from agentgym_ig.trainers.experience import Experience, experience
 from agentgym_ig.trainers.kl import KL_ESTIMATORS
 from agentgym_ig.trainers.learner import Learner
-from agentgym_ig.trainers.loop import longest_episode, prepare, train_step
+from agentgym_ig.trainers.loop import prepare, train_step
 from agentgym_ig.trainers.losses import LOSSES, clipped_loss, gipo_loss
 from agentgym_ig.trainers.update import Update
 from tests.runs import begun, fresh, log, paid_env, same, scored, updating, weights

@@ -163,13 +163,14 @@ def _with_overlong(run: Run, episodes: Sequence[Trajectory], encoded: Sequence[E
 
 def with_signal(batch: Batch, recipe: Recipe) -> Batch | None:
     """The groups that something can be learned from: those with any advantage, where the estimator reads information
-    gain, which can differ where outcomes do not; else those whose outcomes differ. None where no group is left.
+    gain, which can differ where rewards do not; else those whose rewards differ, apart from the punishment for being
+    long. None where no group is left.
     """
     advantages = recipe.estimator(batch) if "info_gain" in recipe.needs else None
     if isinstance(advantages, Tensor):
         return batch.only(groups_with_signal(advantages, batch.group))
-    outcome, _ = batch.channel("outcome")
-    return batch.only(varied_groups(outcome.sum(1), batch.group))
+    unpunished = replace(batch, weights={name: own for name, own in batch.weights.items() if name != OVERLONG})
+    return batch.only(varied_groups(unpunished.reward, batch.group))
 
 
 def _first_groups(rounds: Sequence[Batch], wanted: int) -> Batch | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,20 +106,24 @@ def open_training(
     index: Sequence[str] | None,
     overrides: Mapping[str, Any],
     given: Mapping[str, Any],
-    recipe: Recipe,
     *,
+    recipe: Recipe,
     seed: int,
 ) -> tuple[TrainConfig, VectorSearch]:
     """Settings and environment to train in: the suite's in-domain datasets, or a TinyWiki training world.
 
-    `given` are fields of `TrainConfig`; those that are None keep the suite's own, or the recipe's.
+    `given` are the user's options: fields of `TrainConfig`, of which those that are None or False keep the suite's own,
+    or the recipe's, and others.
     """
     from agentgym_ig.trainers.config import TrainConfig
     from agentgym_ig.trainers.tinywiki import tiny_config, training_env, training_world
 
     tiny, guided = suite == "tinywiki", "self_guide" in recipe.needs
     config = tiny_config(seed, preset=recipe.preset) if tiny else TrainConfig(seed=seed, **recipe.preset)
-    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    options = {own.name: given.get(own.name) for own in fields(TrainConfig)}
+    config = replace(
+        config, **{name: value for name, value in options.items() if not (value is None or value is False)}
+    )
     places = config.questions_per_step * config.group_size
     if tiny:
         made = training_env(training_world(seed), places)

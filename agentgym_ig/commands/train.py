@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +70,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
 ) -> None:
     """Train a model; writes metrics.jsonl, checkpoints and, at the end, the model."""
+    given = dict(locals())
     from agentgym_ig.commands.parts import (
         check_fits_suite,
         open_learner,
@@ -79,51 +81,41 @@ def train(
     from agentgym_ig.trainers.loop import Run
     from agentgym_ig.trainers.loop import train as run_training
 
-    given = {
-        "steps": steps,
-        "questions_per_step": questions_per_step,
-        "group_size": group_size,
-        "learning_rate": learning_rate,
-        "critic_learning_rate": critic_learning_rate,
-        "warmup_steps": warmup_steps,
-        "schedule": schedule,
-        "updates_per_step": updates_per_step,
-        "epochs": epochs,
-        "replay": replay,
-        "bf16": bf16 or None,
-        "gradient_checkpointing": gradient_checkpointing or None,
-        "micro_batch": micro_batch,
-        "max_skipped_updates": max_skipped_updates,
-        "save_every": save_every,
-        "keep": keep,
-    }
-    if suite == "tinywiki":
+    tiny = suite == "tinywiki"
+    if tiny:
         prepare_for_small_models()
     chosen = open_recipe(recipe, suite, kl=kl, entropy=entropy)
-    overrides = rules_set_by_user(top_k, max_turns, prompt)
-    config, env = open_training(suite, questions, index, overrides, given, chosen, seed=seed)
+    config, env = open_training(
+        suite, questions, index, rules_set_by_user(top_k, max_turns, prompt), given, recipe=chosen, seed=seed
+    )
     policy = open_learner(
         model,
         device,
         lora_rank,
         seed=seed,
         temperature=temperature,
-        max_new_tokens=max_new_tokens or (16 if suite == "tinywiki" else 256),
+        max_new_tokens=max_new_tokens or (16 if tiny else 256),
         batch_size=rollout_batch,
     )
     check_fits_suite(policy, suite, chosen, learning_rate)
     run = Run(policy, env, chosen, config, out, log_with=tuple(log_with or ()))
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar(f"training {recipe}", config.steps) as advance:
-        warned: set[str] = set()
+        folder = run_training(run, resume=resume, progress=_shown(advance))
+    places = "" if tiny else f" --questions {questions} --index {' --index '.join(index or ())}"
+    console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}{places}")
 
-        def note(done: int, metrics: dict[str, Any]) -> None:
-            advance(done, f"EM {metrics.get('em', 0):.2f}")
-            for alarm in metrics["alarms"]:
-                if alarm.partition(":")[0] not in warned:
-                    warned.add(alarm.partition(":")[0])
-                    console.print(f"[yellow]step {done}:[/] {alarm}", highlight=False, soft_wrap=True)
 
-        folder = run_training(run, resume=resume, progress=note)
-    console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}", end="")
-    console.print("" if suite == "tinywiki" else f" --questions {questions} --index {' --index '.join(index or ())}")
+def _shown(advance: Callable[[int, str], None]) -> Callable[[int, dict[str, Any]], None]:
+    """What to call after each step: moves the bar, and says of each alarm once that it is raised."""
+    raised: set[str] = set()
+
+    def note(done: int, metrics: dict[str, Any]) -> None:
+        advance(done, f"EM {metrics.get('em', 0):.2f}")
+        for alarm in metrics["alarms"]:
+            name, _, _ = alarm.partition(":")
+            if name not in raised:
+                raised.add(name)
+                console.print(f"[yellow]step {done}:[/] {alarm}", highlight=False, soft_wrap=True)
+
+    return note
