@@ -52,7 +52,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from matplotlib.figure import Figure
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
