@@ -71,7 +71,10 @@ def _read(path: Path, lines: Iterable[bytes]) -> list[Trajectory]:
         try:
             episodes.append(from_json(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
-            raise CorpusError(f"{path}:{number} is no episode: {error!r}") from error
+            raise CorpusError(
+                f"{path}:{number} is no episode ({error!r}); wanted a line of JSON for each, as `agentgym-ig eval"
+                " --episodes` and rollout(out=...) write them"
+            ) from error
     return episodes
 
 

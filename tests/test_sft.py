@@ -351,7 +351,11 @@ def test_the_command_refuses_files_without_anything_to_learn_from(command: Comma
     (tmp_path / "empty").write_text("")
     (tmp_path / "other").write_text('{"title": "Metropolis"}\n')
     write_episodes(tmp_path / "wrong", [replace(own, answer="never") for own in by_oracle()])
-    found = {"empty": "of 0 episodes", "other": "other:1 is no episode", "wrong": "no other has em of 1.0 or more"}
+    found = {
+        "empty": "no episodes to learn from",
+        "other": "other:1 is no episode",
+        "wrong": "no other has em of 1.0 or more",
+    }
     for name, said in found.items():
         code, printed = command("sft", "--episodes", tmp_path / name, "--out", tmp_path / "run")
         assert code == 1

@@ -340,9 +340,11 @@ class Sum:
 
 
 def beliefs_before_turns(batch: Batch) -> Tensor:
-    """(B, K) the *probability* of the gold answer before each turn, 0 after the last."""
+    """(B, K) the *probability* of the gold answer before each turn, 0 after the last; at most 1, which the belief in
+    several answers at once (`aliases="logsumexp"`) may exceed.
+    """
     rows = [torch.tensor(own.belief[: len(own.turns)], dtype=torch.float64).exp().reshape(-1) for own in batch.episodes]
-    return pad_sequence(rows, batch_first=True)
+    return pad_sequence(rows, batch_first=True).clamp(max=1.0)
 
 
 def token_rewards(batch: Batch, *, kl: float, estimator: str) -> Tensor:

@@ -174,11 +174,14 @@ class Experience:
 def experience(batch: Batch, advantages: Tensor | TokenAdvantages) -> Experience:
     """A batch with its advantages, (B, K) per turn or per token, ready to be learned from.
 
-    Raises ValueError for advantages of another shape, or that are not finite at a token of the policy.
+    Raises ValueError for advantages of another shape, or that are not finite at a token of the policy, and where a
+    critic has nothing to learn.
     """
     tokens = batch.tokens
     given = advantages if isinstance(advantages, TokenAdvantages) else TokenAdvantages(_spread(tokens, advantages))
     columns = {"old": batch.old, "advantages": _unpad(given.advantages, tokens)}
+    if batch.values and given.returns is None:
+        raise ValueError("a critic is trained, but the estimator gave no returns; wanted TokenAdvantages with both")
     if batch.reference:
         columns["reference"] = batch.reference
     if given.returns is not None:

@@ -65,6 +65,16 @@ class Run:
         }
 
 
+def _check_answers(run: Run) -> None:
+    """Raise ValueError, at the start and not at the step that draws it, for an answer without a token to score."""
+    for question in run.env.questions.values():
+        for answer in question.answers[: 1 if run.config.aliases == "first" else None]:
+            try:
+                run.policy.encoder.branch(answer, run.env.rules.texts)
+            except ValueError as error:
+                raise ValueError(f"question {question.id!r}: {error}") from error
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -139,6 +149,8 @@ def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
     needs = run.recipe.needs
     if "self_guide" in needs and "self_guide" not in {channel.name for channel in channels_of(run.env)}:
         raise ValueError("this recipe reads the channel self_guide; train on add_channel(env, SelfGuide())")
+    if "info_gain" in needs:
+        _check_answers(run)
     check_trackers(run.log_with)
     model, settings = run.policy.model, run.settings
     critic = Critic(model) if "values" in needs else None

@@ -97,6 +97,8 @@ def chosen(episodes: Sequence[Trajectory], *, metric: str = "em", least: float =
     """
     if metric not in METRICS or not 0 <= least <= 1:
         raise ValueError(f"metric={metric!r} must be one of {', '.join(METRICS)}, and least={least} from 0 to 1")
+    if not episodes:
+        raise ValueError("no episodes to learn from; record some by agentgym-ig eval --episodes FILE")
     scores = [score(metric, own.answer, own.question.answers) for own in episodes]
     kept = [own for own, value in zip(episodes, scores, strict=True) if value >= least and not own.stop.failed]
     if not kept:
