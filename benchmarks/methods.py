@@ -142,7 +142,7 @@ def report(store: Store = STORE, out: Path = RESULTS) -> None:
     (out / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
     if done["table"]:
         plot_curves({own.recipe: [row["curve"] for row in rows] for own, rows in done["table"].items()}, out)
-    if done["staleness"]:
+    if not result["incomplete"]["staleness"]:
         plot_staleness({(own.recipe, own.updates * own.epochs): rows for own, rows in done["staleness"].items()}, out)
     for section in asked:
         for name, own in result[section].items():
