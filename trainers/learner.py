@@ -51,9 +51,8 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     """
     model.eval()
     if config.gradient_checkpointing:
-        _checkpoint_layers(model)
-    if critic is not None and config.gradient_checkpointing:
-        _checkpoint_layers(critic.trunk)
+        for own in [model] if critic is None else [model, critic.trunk]:
+            _checkpoint_layers(own)
     groups = [{"params": [own for own in model.parameters() if own.requires_grad], "lr": config.learning_rate}]
     if critic is not None:
         groups.append({"params": list(critic.parameters()), "lr": config.critic_learning_rate})

@@ -130,11 +130,11 @@ def train_step(run: Run, learner: Learner, step: int) -> dict[str, Any]:
         update = Update(
             learner, run.recipe, run.config, temperature=run.policy.temperature, longest=longest_episode(run)
         )
+        batches = [*learner.replay, collected.learned]
         with timed(seconds, "update_s"):
-            metrics |= update(Experience.joined([*learner.replay, collected.learned]), step)
+            metrics |= update(Experience.joined(batches), step)
         metrics |= seconds
-        kept = [*learner.replay, collected.learned]
-        learner.replay[:] = kept[max(len(kept) - run.config.replay, 0) :]
+        learner.replay[:] = batches[max(len(batches) - run.config.replay, 0) :]
     next_rate(learner.schedule)
     return {name: round(value, 4) if name.endswith("_s") else value for name, value in metrics.items()}
 

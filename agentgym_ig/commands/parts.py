@@ -162,17 +162,15 @@ def check_fits_suite(policy: TransformersPolicy, suite: str, recipe: Recipe, lea
         )
 
 
-def open_learner(name: str, device: str, lora_rank: int | None, *, seed: int, **sampling: Any) -> TransformersPolicy:
-    """A model to be trained, in float32, with a fresh adapter if there is a rank; `sampling` as for the policy."""
-    from agentgym_ig.lm.policy import TransformersPolicy
+def open_trainable(name: str, device: str, lora_rank: int | None, *, seed: int) -> tuple[Any, Any]:
+    """A model to be trained, in float32, with a fresh adapter if there is a rank, and its tokenizer."""
+    from agentgym_ig.trainers.adapters import with_lora
     from agentgym_ig.trainers.tinywiki import load_policy_model
 
     model, tokenizer = load_policy_model(name, device)
     if lora_rank is not None:
-        from agentgym_ig.trainers.adapters import with_lora
-
         model = with_lora(model, rank=lora_rank, alpha=2 * lora_rank, seed=seed)
-    return TransformersPolicy(model, tokenizer, **sampling)
+    return model, tokenizer
 
 
 def open_policy(

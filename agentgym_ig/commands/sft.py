@@ -9,6 +9,7 @@ import typer
 
 from agentgym_ig.commands.console import bar, console, interruptible
 from agentgym_ig.commands.evaluate import DeviceOption
+from agentgym_ig.commands.train import Bf16Option, CheckpointingOption, LoraOption
 
 
 def sft(
@@ -30,23 +31,20 @@ def sft(
     learning_rate: Annotated[float | None, typer.Option(help="1e-3 for tinywiki, else 1e-5.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Leave out longer conversations, and say how many.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Episodes per pass (8): lower it if memory runs out.")] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Train an adapter of this rank (LoRA), then merge it.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay in float32.")] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
-    ] = False,
+    lora_rank: LoraOption = None,
+    bf16: Bf16Option = False,
+    gradient_checkpointing: CheckpointingOption = False,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (50).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the episodes, and of the adapter.")] = 0,
     device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
 ) -> None:
     """Fine-tune a model on recorded episodes; writes metrics.jsonl, checkpoints and, at the end, the model."""
-    from agentgym_ig.commands.parts import prepare_for_small_models
+    from agentgym_ig.commands.parts import open_trainable, prepare_for_small_models
     from agentgym_ig.records import read_episodes
-    from agentgym_ig.trainers.adapters import with_lora
     from agentgym_ig.trainers.sft import SftConfig, chosen, retokenised
     from agentgym_ig.trainers.sft import sft as fine_tune
-    from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model
+    from agentgym_ig.trainers.tinywiki import WARM_START
 
     if small := model == WARM_START:
         prepare_for_small_models()
@@ -65,9 +63,7 @@ def sft(
     kept = chosen(recorded, metric=metric, least=min_score)
     kept = retokenised(kept) if as_text else kept
     console.print(f"{len(kept):,} of {len(recorded):,} episodes have {metric} of {min_score:g} or more")
-    tuned, tokenizer = load_policy_model(model, device)
-    if lora_rank is not None:
-        tuned = with_lora(tuned, rank=lora_rank, alpha=2 * lora_rank, seed=seed)
+    tuned, tokenizer = open_trainable(model, device, lora_rank, seed=seed)
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar("epochs", config.epochs) as advance:
         folder = fine_tune(

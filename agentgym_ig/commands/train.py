@@ -73,11 +73,12 @@ def train(
     given = dict(locals())
     from agentgym_ig.commands.parts import (
         check_fits_suite,
-        open_learner,
         open_recipe,
+        open_trainable,
         open_training,
         prepare_for_small_models,
     )
+    from agentgym_ig.lm.policy import TransformersPolicy
     from agentgym_ig.trainers.loop import Run
     from agentgym_ig.trainers.loop import train as run_training
 
@@ -88,11 +89,8 @@ def train(
     config, env = open_training(
         suite, questions, index, rules_set_by_user(top_k, max_turns, prompt), given, recipe=chosen, seed=seed
     )
-    policy = open_learner(
-        model,
-        device,
-        lora_rank,
-        seed=seed,
+    policy = TransformersPolicy(
+        *open_trainable(model, device, lora_rank, seed=seed),
         temperature=temperature,
         max_new_tokens=max_new_tokens or (16 if tiny else 256),
         batch_size=rollout_batch,
