@@ -13,6 +13,10 @@ class CorpusError(AgentGymError, ValueError):
     """A corpus or question file with a line that cannot be used; the message names file and line."""
 
 
+class HubUnreachable(AgentGymError):
+    """The Hugging Face hub cannot be reached; the message says how to go on with files."""
+
+
 class IndexUnusable(AgentGymError):
     """An index folder that is missing, damaged or of another version; the message says how to build one."""
 

@@ -95,15 +95,6 @@ def oracle(prompts: Mapping[str, Question], passages: Mapping[str, Passage]) -> 
     return QuestionPolicy(prompts, act)
 
 
-def search_once(prompts: Mapping[str, Question]) -> QuestionPolicy:
-    """Searches the question's own words, then answers with nothing: shows what retrieval alone finds."""
-
-    def act(question: Question, conversation: Conversation) -> Search | Answer:
-        return Answer("unknown") if conversation.turn else Search((neutralise(question.text),))
-
-    return QuestionPolicy(prompts, act)
-
-
 class RandomPolicy:
     """Searches or answers with words drawn from the conversation: a floor, and a stress test for environments."""
 

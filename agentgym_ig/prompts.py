@@ -99,6 +99,19 @@ PROMPTS = {
         answer_prefix="<think>I have found what I need.</think>\n<answer>",
         answer_suffix="</answer>",
     ),
+    "closed-book": Prompt(
+        question=(
+            "Answer the question below from what you know. Reason inside <think> and </think>, and then write the"
+            " answer, as short as possible and without explanation, inside <answer> and </answer>. For example:"
+            " <answer>Marie Curie</answer>.\nQuestion: {question}\n"
+        ),
+        passage="[{rank}] {title}: {text}",
+        reply="\n\n<information>\n{passages}\n</information>\n\n",
+        nothing_found="No passage matches this query.",
+        malformed="This turn could not be read: {fault}.",
+        answer_prefix="<think>I know this.</think>\n<answer>",
+        answer_suffix="</answer>",
+    ),
     "igpo": Prompt(
         grammar="tools",
         system=(

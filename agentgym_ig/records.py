@@ -73,7 +73,7 @@ def _read(path: Path, lines: Iterable[bytes]) -> list[Trajectory]:
         except (ValueError, KeyError, TypeError) as error:
             raise CorpusError(
                 f"{path}:{number} is no episode ({error!r}); wanted a line of JSON for each, as `agentgym-ig eval"
-                " --episodes` and rollout(out=...) write them"
+                " --out` and rollout(out=...) write them"
             ) from error
     return episodes
 
@@ -122,5 +122,5 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """A JSON file that appears only when it is whole."""
-    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    """A JSON file that appears only when it is whole. Lone surrogates become question marks."""
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="replace"))

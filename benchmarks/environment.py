@@ -99,7 +99,7 @@ def speed(index: Index, asked: Sequence[Question], rounds: int = 5) -> dict[str,
 def oracle_recall(suite: Suite) -> dict[str, Any]:
     """Per dataset the share of supporting passages that the oracle retrieves, and how it got on otherwise."""
     env = suite.env(256)
-    played = Evaluation(suite.name, rollout(env, open_oracle(suite), list(env.questions)))
+    played = Evaluation(suite.name, suite.domains, rollout(env, open_oracle(suite), list(env.questions)))
     kept = ("n", "em", "recall", "turns", "answered", "malformed")
     return {name: {key: row[key] for key in kept if key in row} for name, row in played.table().items()}
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.methods table       each recipe at its own best rate, five seeds
     python -m benchmarks.methods staleness   PPO's clip and GIPO with 1, 4 and 16 updates per batch
-    python -m benchmarks.warm_starts         the policies that the next one begins with
-    python -m benchmarks.methods sparse      GRPO and IGPO's forms where success is rare and evidence far
+    python -m benchmarks.warm_starts         the policies that the next two begin with
+    python -m benchmarks.methods sparse      GRPO and IGPO where success is rare and evidence far
+    python -m benchmarks.methods guide       Self-Guide, and GRPO beside it
     python -m benchmarks.methods report      methods.json and the plots, from what has been played
 
 All that is played goes to one file, and what is in it is not played again.
@@ -22,7 +23,8 @@ import typer
 
 from benchmarks.learning import Trial, Trials, seeds
 from benchmarks.measure import where
-from benchmarks.methods_plots import plot_curves, plot_staleness
+from benchmarks.methods_plots import plot_curves, plot_sparse, plot_staleness
+from benchmarks.sparse import cell, corner
 from benchmarks.statistics import mean_and_interval, rollouts_to
 
 RATES = (1.5e-4, 3e-4, 6e-4)
@@ -41,7 +43,9 @@ SPARSE = tuple(
     for group in (4, 8, 16)
 )
 """The sparse corner, fixed beforehand: at most 2 % success at the start and at least 3 hops."""
-SPARSE_RECIPES = ("grpo", "igpo", "igpo-gae")
+SPARSE_RECIPES, SPARSE_SEEDS = ("grpo", "igpo"), 2
+GUIDED = {**SPARSE[4], "start": "h3-guided"}
+"""Self-Guide needs a policy that assesses itself; GRPO beside it begins with one that is right as often."""
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 RESULTS = Path("benchmarks/results")
@@ -81,8 +85,8 @@ def _validated(recipe: str, **settings: Any) -> Trial:
     return Trial(recipe=recipe, rate=RATES[0], seed=VALIDATION_SEED, role="validation", **settings)
 
 
-def _tested(base: Trial, rate: float) -> list[Trial]:
-    return seeds(replace(base, role="test", seed=TEST_SEED, rate=rate), SEEDS)
+def _tested(base: Trial, rate: float, count: int = SEEDS) -> list[Trial]:
+    return seeds(replace(base, role="test", seed=TEST_SEED, rate=rate), count)
 
 
 def _play(trials: Trials, bases: Sequence[Trial], processes: int) -> None:
@@ -116,20 +120,27 @@ def sparse(store: Store = STORE, processes: Processes = 2) -> None:
     trials = Trials(store)
     bases = [_validated(name, **SPARSE[4]) for name in SPARSE_RECIPES]
     rates = choose_rates(trials, bases, processes)
-    cells = [(base, cell) for cell in SPARSE for base in bases]
-    trials.run(
-        (each for base, cell in cells for each in _tested(replace(base, **cell), rates[base])),  # type: ignore[arg-type]
-        processes=processes,
-    )
+    cells = [(replace(base, **own), rates[base]) for own in SPARSE for base in bases]  # type: ignore[arg-type]
+    trials.run((each for base, rate in cells for each in _tested(base, rate, SPARSE_SEEDS)), processes=processes)
+
+
+@app.command()
+def guide(store: Store = STORE, processes: Processes = 2) -> None:
+    """Self-Guide from a policy that opens its actions with a verdict, GRPO from one that is right as often."""
+    _play(Trials(store), _guided_bases(), processes)
+
+
+def _guided_bases() -> list[Trial]:
+    return [_validated("grpo", **SPARSE[4]), _validated("self-guide", **GUIDED)]
 
 
 @app.command()
 def report(store: Store = STORE, out: Path = RESULTS) -> None:
     """Make methods.json and the plots from what has been played; what is not complete is listed by name."""
     trials = Trials(store)
-    cells = [replace(_validated(name, **SPARSE[4]), **cell) for cell in SPARSE for name in SPARSE_RECIPES]  # type: ignore[arg-type]
-    asked = {"table": [_validated(name) for name in RECIPES], "staleness": _stale_bases(), "sparse": cells}
+    asked = {"table": [_validated(name) for name in RECIPES], "staleness": _stale_bases(), "guide": _guided_bases()}
     done = {section: {own: rows for own in bases if (rows := _rows(trials, own))} for section, bases in asked.items()}
+    cells = _cells(trials)
     result = where() | {
         "trials": str(store),
         "commits": sorted({row["commit"] for rows in done.values() for each in rows.values() for row in each}),
@@ -139,15 +150,32 @@ def report(store: Store = STORE, out: Path = RESULTS) -> None:
     }
     for section, found in done.items():
         result[section] = {_label(own): summary(own, rows, _beside(found, own)) for own, rows in found.items()}
+    if cells:
+        result["sparse"] = {"seeds": SPARSE_SEEDS, "cells": cells, **corner(cells)}
+        result["igpo_rollouts_ratio_sparse"] = result["sparse"]["igpo_rollouts_ratio_sparse"][0]
+        plot_sparse(cells, out)
     (out / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
     if done["table"]:
         plot_curves({own.recipe: [row["curve"] for row in rows] for own, rows in done["table"].items()}, out)
-    if not result["incomplete"]["staleness"]:
-        plot_staleness({(own.recipe, own.updates * own.epochs): rows for own, rows in done["staleness"].items()}, out)
+    if stale := {(own.recipe, own.updates * own.epochs): rows for own, rows in done["staleness"].items()}:
+        plot_staleness(stale, out)
     for section in asked:
         for name, own in result[section].items():
             reached = own["rollouts_to"]["0.5"]
             print(f"{name:28} rate {own['rate']:g}  ID {own['id_em']}  OOD {own['ood_em']}  to .5 {reached}")
+    for name, each in cells.items():
+        print(f"{name:28} ratio {each['ratio']}  ID over GRPO {each['id_em_over_grpo']}")
+
+
+def _cells(trials: Trials) -> dict[str, dict[str, Any]]:
+    """The cells of the sparse corner that have been played by both recipes."""
+    found = {}
+    for own in SPARSE:
+        bases = [replace(_validated(name, **SPARSE[4]), **own) for name in SPARSE_RECIPES]  # type: ignore[arg-type]
+        rows = [_rows(trials, base, SPARSE_SEEDS) for base in bases]
+        if rows[0] and rows[1]:
+            found[f"{own['start']}, groups of {own['group']}"] = cell(rows[0], rows[1])
+    return found
 
 
 def _label(base: Trial) -> str:
@@ -157,14 +185,15 @@ def _label(base: Trial) -> str:
 
 def _beside(found: Mapping[Trial, Any], base: Trial) -> list[dict[str, Any]] | None:
     """GRPO's rows under the same conditions."""
-    return found.get(replace(base, recipe="grpo")) if base.recipe != "grpo" else None
+    start = SPARSE[4]["start"] if base.start == GUIDED["start"] else base.start
+    return found.get(replace(base, recipe="grpo", start=start)) if base.recipe != "grpo" else None  # type: ignore[arg-type]
 
 
-def _rows(trials: Trials, base: Trial) -> list[dict[str, Any]] | None:
-    """The five tested runs at the rate that was chosen; None where any of it is still to be played."""
-    rated = replace(base, **SPARSE[4]) if base.start != "tinywiki" else base  # type: ignore[arg-type]
+def _rows(trials: Trials, base: Trial, count: int = SEEDS) -> list[dict[str, Any]] | None:
+    """The tested runs at the rate that was chosen; None where any of it is still to be played."""
+    rated = replace(base, **SPARSE[4]) if base.recipe in SPARSE_RECIPES and base.start != "tinywiki" else base  # type: ignore[arg-type]
     try:
-        return [trials.of(own) for own in _tested(base, chosen_rate(trials, rated))]
+        return [trials.of(own) for own in _tested(base, chosen_rate(trials, rated), count)]
     except KeyError:
         return None
 

@@ -86,3 +86,29 @@ def plot_staleness(found: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
     figure.tight_layout()
     figure.savefig(out / "methods_staleness.png", dpi=130)
     plt.close(figure)
+
+
+def plot_sparse(cells: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """One line per cell: IGPO's episodes over GRPO's to half of the final exact match, and the final ones of both."""
+    names = list(cells)[::-1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 0.36 * len(names) + 1.3), sharey=True)
+    for place, name in enumerate(names):
+        own = cells[name]
+        middle, low, high = own["ratio"]
+        left.plot([low or middle, high or middle], [place, place], color="#1f6feb", lw=1.5)
+        left.plot(middle, place, "o", color="#1f6feb", ms=5)
+        for who, colour in (("grpo", "#666666"), ("igpo", "#1f6feb")):
+            right.plot(100 * own[f"{who}_id_em"][0], place, "o", color=colour, ms=5, label=who if not place else None)
+            right.plot(100 * own[f"{who}_ood_em"][0], place, "o", color=colour, ms=5, mfc="white")
+    left.axvline(1, color="#999999", lw=1)
+    left.axvline(0.67, color="#999999", lw=1, ls=":")
+    left.set_xscale("log", base=2)
+    left.set_xlabel("IGPO's episodes over GRPO's, to half of the final EM")
+    left.set_yticks(range(len(names)), names)
+    right.set_xlabel("final EM, %: filled in-domain, hollow out-of-domain")
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(out / "methods_sparse.png", dpi=130)
+    plt.close(figure)

@@ -1,7 +1,7 @@
 """Gymnasium environments for multi-turn search, their reward channels, rollouts and evaluation.
 
-Registered: `agentgym_ig/TinyWiki-v0` needs nothing; `agentgym_ig/Search-v0`, and one id for each dataset
-(`agentgym_ig/HotpotQA-v0`, …), take `index` and `questions`.
+Registered: `agentgym_ig/TinyWiki-v0` and `agentgym_ig/MiniWiki-v0` need nothing; `agentgym_ig/Search-v0`, and one id
+for each dataset (`agentgym_ig/HotpotQA-v0`, …), take `index` and `questions`.
 """
 
 import gymnasium
@@ -18,10 +18,12 @@ from agentgym_ig.envs.channels import (
 )
 from agentgym_ig.envs.datasets import DATASET_IDS, search_env, search_vector_env
 from agentgym_ig.envs.episode import Episode, Rules
-from agentgym_ig.envs.evaluate import SUITES, Evaluation, Suite, evaluate
+from agentgym_ig.envs.evaluate import Evaluation, compare_evaluations, evaluate
 from agentgym_ig.envs.info_gain import InfoGain
+from agentgym_ig.envs.miniwiki import miniwiki_index, miniwiki_suite
 from agentgym_ig.envs.rollout import Start, prompts_of, rollout
 from agentgym_ig.envs.search import SearchEnv, SearchVectorEnv
+from agentgym_ig.envs.suites import SUITES, Suite, SuiteFile, read_suite, suite_datasets
 from agentgym_ig.envs.tinywiki import tinywiki_index, tinywiki_questions
 from agentgym_ig.envs.wrappers import ChannelWrapper, VectorChannelWrapper, add_channel
 
@@ -45,13 +47,19 @@ __all__ = [
     "SelfGuide",
     "Start",
     "Suite",
+    "SuiteFile",
     "VectorChannelWrapper",
     "add_channel",
+    "compare_evaluations",
     "evaluate",
+    "miniwiki_index",
+    "miniwiki_suite",
     "prompts_of",
+    "read_suite",
     "rollout",
     "search_env",
     "search_vector_env",
+    "suite_datasets",
     "tinywiki_index",
     "tinywiki_questions",
 ]
@@ -70,6 +78,7 @@ def _register(name: str, maker: str, **kwargs: str) -> None:
 
 
 _register("agentgym_ig/TinyWiki-v0", "tinywiki:tiny")
+_register("agentgym_ig/MiniWiki-v0", "miniwiki:mini")
 _register("agentgym_ig/Search-v0", "datasets:search")
 for _name, _dataset in DATASET_IDS.items():
     _register(_name, "datasets:search", dataset=_dataset)

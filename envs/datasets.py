@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from agentgym_ig.data.questions import read_questions
 from agentgym_ig.envs.search import SearchEnv, SearchVectorEnv
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.indexes.base import Index
 from agentgym_ig.indexes.opening import open_index
-from agentgym_ig.indexes.sources import read_questions
 from agentgym_ig.types import Question
 
 DATASET_IDS = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from agentgym_ig.errors import CorpusError
 from agentgym_ig.indexes.build import BuildOptions, Kind, build_index
 from agentgym_ig.indexes.sources import count_rows, read_corpus
 
@@ -36,6 +37,8 @@ def estimate(source: Path | str, kind: Kind | Callable[[int], Kind]) -> Estimate
     corpus or building from it raises.
     """
     count = count_rows(source)
+    if not count:
+        raise CorpusError(f"{source} does not say how many passages it has, or has none; give a file with some")
     chosen = kind(count) if callable(kind) else kind
     sizes: list[tuple[int, float, int]] = []
     with tempfile.TemporaryDirectory() as scratch:

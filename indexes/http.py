@@ -10,9 +10,9 @@ import httpx
 import orjson
 from tenacity import AsyncRetrying, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
+from agentgym_ig.data.passages import split_contents
 from agentgym_ig.errors import SearchRefused, SearchTimeout, SearchUnavailable
 from agentgym_ig.indexes.base import check_k
-from agentgym_ig.indexes.sources import split_contents
 from agentgym_ig.text import clean
 from agentgym_ig.types import Hit, Passage
 

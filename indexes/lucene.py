@@ -19,12 +19,12 @@ from typing import Any
 
 import orjson
 
+from agentgym_ig.data.passages import join_contents, split_contents
 from agentgym_ig.errors import BuildFailed, IndexUnusable, SearchFailed
 from agentgym_ig.indexes.base import check_k, make_hit
 from agentgym_ig.indexes.build import Work, link_or_copy
 from agentgym_ig.indexes.jvm import HEAP, java
 from agentgym_ig.indexes.manifest import read_manifest
-from agentgym_ig.indexes.sources import join_contents, split_contents
 from agentgym_ig.indexes.store import PassageStore
 from agentgym_ig.text import clean
 from agentgym_ig.types import Hit, Passage

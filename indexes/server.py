@@ -25,9 +25,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agentgym_ig.data.passages import join_contents
 from agentgym_ig.errors import SearchFailed
 from agentgym_ig.indexes.base import Index
-from agentgym_ig.indexes.sources import join_contents
 from agentgym_ig.types import Hit
 
 

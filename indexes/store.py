@@ -13,9 +13,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from agentgym_ig.data.jsonl import json_line
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.records import write_whole
-from agentgym_ig.text import clean
 from agentgym_ig.types import Passage
 
 CACHED_PASSAGES = 65_536
@@ -135,11 +135,7 @@ def _joined(passages: Sequence[Passage]) -> tuple[bytes, NDArray[np.int64]]:
 
 def line(passage: Passage) -> bytes:
     """A passage as a line of JSON; a lone surrogate, which no UTF-8 can hold, becomes a question mark."""
-    row = {"id": passage.id, "title": passage.title, "text": passage.text}
-    try:
-        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
-    except orjson.JSONEncodeError:
-        return orjson.dumps({name: clean(value) for name, value in row.items()}, option=orjson.OPT_APPEND_NEWLINE)
+    return json_line({"id": passage.id, "title": passage.title, "text": passage.text})
 
 
 def _number(name: str) -> int:

@@ -51,6 +51,19 @@ def toy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def indexed(command: Command, toy: Path) -> Path:
+    """The same with an index."""
+    assert command("index", "build", "--corpus", toy / "corpus.jsonl", "--out", toy / "index")[0] == 0
+    return toy
+
+
+def eval_toy(command: Command, toy: Path, *more: object) -> tuple[int, str]:
+    """`agentgym-ig eval` of suite igpo over that index and those questions."""
+    asked = ("--suite", "igpo", "--questions", toy / "questions", "--index", toy / "index")
+    return command("eval", *asked, *more)  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny chat model that knows how to search and answer, saved as a hub folder."""

@@ -10,40 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from agentgym_ig.envs.evaluate import SUITES
+from agentgym_ig.envs.suites import SUITES
 from agentgym_ig.lm.tiny import tiny_model, tiny_tokenizer
 from agentgym_ig.records import read_episodes
 from agentgym_ig.trainers import PARTS
-from tests.conftest import Command
-
-
-@pytest.fixture
-def indexed(command: Command, toy: Path) -> Path:
-    assert command("index", "build", "--corpus", toy / "corpus.jsonl", "--out", toy / "index")[0] == 0
-    return toy
-
-
-def eval_toy(command: Command, toy: Path, *more: object) -> tuple[int, str]:
-    asked = ("--suite", "igpo", "--questions", toy / "questions", "--index", toy / "index")
-    return command("eval", *asked, "--out", toy / "figures.json", *more)  # type: ignore[no-any-return]
-
-
-def test_eval_of_a_scripted_policy(command: Command, indexed: Path) -> None:
-    code, printed = eval_toy(command, indexed, "--policy", "oracle", "--episodes", indexed / "episodes.jsonl")
-    assert code == 0, printed
-    assert "in-domain" in printed
-    figures = json.loads((indexed / "figures.json").read_text())
-    assert figures["in_domain"] == figures["out_of_domain"] == {"em": 1.0, "f1": 1.0}
-    assert figures["datasets"]["hotpotqa"]["recall"] == 1.0
-    assert len(read_episodes(indexed / "episodes.jsonl")) == 4
-    code, printed = eval_toy(command, indexed, "--policy", "oracle", "--episodes", indexed / "episodes.jsonl")
-    assert code == 1
-    assert "go on with it by --resume" in printed
-    whole = (indexed / "episodes.jsonl").read_bytes()
-    (indexed / "episodes.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
-    resume = ("--policy", "oracle", "--episodes", indexed / "episodes.jsonl", "--resume")
-    assert eval_toy(command, indexed, *resume)[0] == 0
-    assert sorted((indexed / "episodes.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+from tests.conftest import Command, eval_toy
 
 
 def test_rollout_training_and_evaluation_of_a_model_from_disk(command: Command, indexed: Path) -> None:
@@ -70,20 +41,16 @@ def test_quickstart_end_to_end_and_again(command: Command, tmp_path: Path) -> No
     arguments = ("quickstart", "--out", tmp_path / "q", "--steps", 10, "--questions", 8, "--compare")
     code, printed = command(*arguments)
     assert code == 0, printed
-    report = json.loads((tmp_path / "q" / "report.json").read_text())
-    assert {"recipe", "seed", "seconds", "before", "after"} <= set(report)
-    assert (report["recipe"], report["seed"]) == ("igpo", 0)
-    for when in ("before", "after"):
-        for domain in ("in_domain", "out_of_domain"):
-            assert set(report[when][domain]) == {"em", "f1"}
-    assert list(report["compare"]) == ["grpo"]
-    assert 1 <= len(report["episodes"]) <= 3
-    assert all(len(e["belief"]) == len(e["turns"]) for e in report["episodes"])
+    for when in ("before", "igpo/after", "grpo/after"):
+        figures = json.loads((tmp_path / "q" / when / "evaluation.json").read_text())
+        assert {"em", "f1"} <= set(figures["in_domain"]) & set(figures["out_of_domain"])
+        episodes = read_episodes(tmp_path / "q" / when / "episodes.jsonl")
+        assert all(len(own.belief) == len(own.turns) for own in episodes)
     assert "after grpo" in printed
     assert "Next, with a real model" in printed
     page = (tmp_path / "q" / "report.html").read_text()
     assert "<svg" in page
-    assert "src=" not in page
+    assert "Quickstart: igpo and grpo on TinyWiki" in page
     stamp = (tmp_path / "q" / "igpo" / "model" / "model.safetensors").stat().st_mtime_ns
     code, printed = command(*arguments)
     assert code == 0, printed
@@ -98,7 +65,9 @@ def test_a_quickstart_interrupted_anywhere_goes_on_to_the_same_figures(tmp_path:
     base = [sys.executable, "-m", "agentgym_ig", "quickstart", "--steps", "10", "--questions", "8", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "250"}
     subprocess.run([*base, tmp_path / "alone"], check=True, capture_output=True, env=environment)
-    reached = iter(["worlds/test/index/manifest.json", "before.json", "igpo/metrics.jsonl", "igpo/model/config.json"])
+    reached = iter(
+        ["worlds/test/index/manifest.json", "before/evaluation.json", "igpo/metrics.jsonl", "igpo/model/config.json"]
+    )
     for sign in reached:
         process = subprocess.Popen(
             [*base, tmp_path / "cut"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
@@ -111,9 +80,8 @@ def test_a_quickstart_interrupted_anywhere_goes_on_to_the_same_figures(tmp_path:
         if process.returncode == 130:
             assert f"agentgym-ig quickstart --out {tmp_path / 'cut'}" in output
     subprocess.run([*base, tmp_path / "cut"], check=True, capture_output=True, env=environment)
-    reports = [json.loads((tmp_path / part / "report.json").read_text()) for part in ("alone", "cut")]
-    assert reports[0]["after"] == reports[1]["after"]
-    assert reports[0]["episodes"] == reports[1]["episodes"]
+    for name in ("before/evaluation.json", "igpo/after/evaluation.json", "igpo/after/episodes.jsonl"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
 def test_mistakes_end_in_one_line_that_says_what_to_type(command: Command, indexed: Path) -> None:
@@ -147,5 +115,5 @@ def test_mistakes_end_in_one_line_that_says_what_to_type(command: Command, index
 def test_help_lists_the_commands(command: Command) -> None:
     code, printed = command("--help")
     assert code == 0
-    for name in ("index", "eval", "train", "quickstart"):
+    for name in ("index", "eval", "train", "quickstart", "report", "show"):
         assert name in printed

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from agentgym_ig import AgentGymError, BuildFailed, IndexUnusable, Passage, SearchFailed
-from agentgym_ig.indexes import BuildOptions, Index, PassageStore, build_index, open_index, read_corpus
+from agentgym_ig.data.passages import join_contents
+from agentgym_ig.indexes import BuildOptions, Index, PassageStore, build_index, open_index, read_corpus, read_questions
 from agentgym_ig.indexes.jvm import find_jvm, java
 from agentgym_ig.indexes.lucene import Lucene, LuceneFiles, LuceneIndex
 from agentgym_ig.indexes.manifest import damaged_files
-from agentgym_ig.indexes.sources import join_contents, read_questions
 from tests.fakes import PASSAGES
 
 DATA = Path(os.environ.get("AGENTGYM_IG_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -3,7 +3,7 @@
 import pytest
 
 from agentgym_ig.grammar import GRAMMARS, Answer, Malformed, Search
-from agentgym_ig.policies import QUERY_WORDS, Policy, RandomPolicy, ScriptedPolicy, oracle, search_once
+from agentgym_ig.policies import QUERY_WORDS, Policy, RandomPolicy, ScriptedPolicy, oracle
 from agentgym_ig.prompts import PROMPTS
 from agentgym_ig.types import Conversation, Message, Passage, Question
 from tests.fakes import PASSAGES, QUESTIONS
@@ -43,15 +43,6 @@ def test_the_oracle_searches_every_gold_passage_and_answers(prompt: str) -> None
     assert words[:4] == ["Long", "‹/tool_call>", "again", "word0"]
     assert rest == [Answer("Vistula")] * 2
     assert played(policy, prompt, Question("other", "Who?", ("x",), "toy"), 1) == [Answer("?")]
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_search_once_searches_the_question_as_it_was_shown(prompt: str) -> None:
-    assert played(search_once(prompts(prompt)), prompt, turns=3) == [
-        Search(("Which river, ‹/search>?",)),
-        Answer("unknown"),
-        Answer("unknown"),
-    ]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

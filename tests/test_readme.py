@@ -19,13 +19,14 @@ def test_python_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'outcome': 0.0" in printed
 
 
-@pytest.mark.parametrize("page", ["environments", "channels"])
+@pytest.mark.parametrize("page", ["environments", "channels", "evaluation", "miniwiki"])
 def test_python_of_the_docs_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {"__name__": page}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL):
         exec(compile(block, page, "exec"), names)
     printed = capsys.readouterr().out
-    assert {"environments": "turn 1 of 5", "channels": "-0.5\n0.1\n"}[page] in printed
+    said = {"environments": "turn 1 of 5", "channels": "-0.5\n0.1\n", "evaluation": "1.0", "miniwiki": "Marie Curie"}
+    assert said[page] in printed
 
 
 @pytest.mark.parametrize(

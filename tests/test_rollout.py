@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentgym_ig import Action, Conversation, CorpusError, RandomPolicy, ScriptedPolicy, Stop, Trajectory, search_once
+from agentgym_ig import Action, Conversation, CorpusError, RandomPolicy, ScriptedPolicy, Stop, Trajectory, retrieve_once
 from agentgym_ig.envs import (
     Evidence,
     InfoGain,
@@ -275,7 +275,7 @@ def test_no_action_breaks_the_environment_or_its_budget(script: list[str], promp
 def test_openings_with_a_system_message_are_told_apart_by_the_question() -> None:
     env = make(2, Rules(prompt="igpo"))
     assert {own.id for own in prompts_of(env).values()} == {"q1", "q2"}
-    once: list[Trajectory] = rollout(env, search_once(prompts_of(env)), starts("q1", "q2"))
+    once: list[Trajectory] = rollout(env, retrieve_once(prompts_of(env)), starts("q1", "q2"))
     assert all(episode.opening[0].role == "system" for episode in once)
     assert all(isinstance(episode.question, Question) for episode in once)
     assert len(PASSAGES) == 3

@@ -332,8 +332,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_from_recording_to_evaluation(command: Command, tmp_path: Path) -> None:
-    file, out = tmp_path / "episodes.jsonl", tmp_path / "run"
-    code, printed = command("eval", "--policy", "oracle", "--limit", 2, "--episodes", file)
+    file, out = tmp_path / "played" / "episodes.jsonl", tmp_path / "run"
+    code, printed = command("eval", "--policy", "oracle", "--limit", 2, "--out", tmp_path / "played")
     assert code == 0, printed
     tune = ("sft", "--episodes", file, "--out", out, "--epochs", 1, "--batch-size", 5)
     code, printed = command(*tune, "--micro-batch", 2, "--lora-rank", 4, "--bf16")

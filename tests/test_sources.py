@@ -10,6 +10,7 @@ import pytest
 from agentgym_ig import CorpusError, Passage
 from agentgym_ig.indexes import read_corpus, read_questions, write_corpus
 from agentgym_ig.indexes.sources import count_rows
+from tests.conftest import Command
 from tests.fakes import PASSAGES
 
 DATA = Path(os.environ.get("AGENTGYM_IG_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -59,6 +60,7 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path: Path) -> None:
     folder.mkdir()
     write_corpus(folder / "train.jsonl", PASSAGES)
     assert list(read_corpus(f"hf:{folder}")) == PASSAGES
+    assert count_rows(f"hf:{folder}") == 0  # such a dataset does not say how many rows it has
 
 
 def test_texts_with_line_breaks_and_titles_with_quotes_come_back(tmp_path: Path) -> None:
@@ -152,3 +154,15 @@ def test_questions_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(CorpusError, match="holds no question"):
         read_questions(path)
+
+
+def test_an_index_is_built_from_a_dataset_of_the_hub(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "wiki").mkdir()
+    write_corpus(tmp_path / "wiki" / "train.jsonl", PASSAGES)
+    named = ("index", "build", "--corpus", f"hf:{tmp_path / 'wiki'}", "--out", tmp_path / "index")
+    code, printed = command(*named, "--dry-run")
+    assert code == 1
+    assert "does not say how many passages it has" in printed
+    code, printed = command(*named)
+    assert code == 0, printed
+    assert "3 passages indexed" in printed

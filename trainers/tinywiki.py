@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from agentgym_ig.envs.evaluate import Suite, suite_datasets
 from agentgym_ig.envs.search import SearchVectorEnv
+from agentgym_ig.envs.suites import Suite, suite_datasets
 from agentgym_ig.envs.tinywiki import TINYWIKI_RULES, tinywiki_index, tinywiki_questions
 from agentgym_ig.indexes.base import Index
 from agentgym_ig.lm.policy import TransformersPolicy, load_model

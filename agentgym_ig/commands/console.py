@@ -73,5 +73,42 @@ def evaluation_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Ta
     return table
 
 
+TERMINAL = ("em", "f1", "cover_em", "judge", "recall", "searches", "info_gain", "truncated", "failed")
+"""Figures that fit a terminal; the tables in files have all."""
+
+
+def figures_table(figures: Mapping[str, Any]) -> Table:
+    """The main figures of an evaluation, as `agentgym_ig.envs.results.save` returns them."""
+    from agentgym_ig.envs.results import cell, columns, rows
+    from agentgym_ig.headings import HEADINGS
+
+    lines = rows(figures)
+    shown = [name for name in columns(lines) if name in TERMINAL and any(line.get(name) for line in lines)]
+    title = f"{figures['card']['policy']['name']} on {figures['suite']}: shares in percent, 95 % intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("dataset", "domain"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("n", *(HEADINGS[name] for name in shown)):
+        table.add_column(heading, justify="right", no_wrap=heading in ("n", HEADINGS["em"]))
+    for line in lines:
+        cells = [cell(line, name) if name == "em" else cell(line, name).split(" ")[0] for name in shown]
+        domain = {"in_domain": "ID", "out_of_domain": "OOD"}.get(line["domain"], line["domain"])
+        style = "bold" if line["dataset"] == "mean" else None
+        table.add_row(line["dataset"], domain, str(line.get("n", "")), *cells, style=style)
+    return table
+
+
+def comparison_table(title: str, parts: Mapping[str, Any], *, scale: float = 100.0) -> Table:
+    """Differences of two runs. parts: dataset, domain or `all` → an `agentgym_ig.statistics.Comparison`."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("", "difference", "95 % interval", "A better", "B better", "McNemar p"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, own in parts.items():
+        low, high = (scale * end for end in own.interval)
+        counts = f"{own.a_only:,}", f"{own.b_only:,}", f"{own.p:.2g}"
+        table.add_row(name.replace("_", "-"), f"{scale * own.difference:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *counts)
+    return table
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"

@@ -1,27 +1,43 @@
-"""`agentgym-ig eval`: exact match and F1 of any policy on a suite."""
+"""`agentgym-ig eval` and `agentgym-ig compare`: any policy on a suite, and two evaluations beside each other."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentgym_ig.commands.console import bar, console, evaluation_table, interruptible
+from agentgym_ig.commands.console import bar, comparison_table, console, figures_table, interruptible
 from agentgym_ig.envs.episode import Rules
 from agentgym_ig.prompts import with_guide
 
+if TYPE_CHECKING:
+    from agentgym_ig.envs.evaluate import Evaluation
+    from agentgym_ig.envs.suites import Suite
+    from agentgym_ig.policies import Policy
+
 QuestionsOption = Annotated[
-    Path | None, typer.Option(help="Folder with <dataset>.jsonl[.gz] files (not for tinywiki).")
+    Path | None, typer.Option(help="Folder with <dataset>.jsonl[.gz] files (not for tinywiki and miniwiki).")
 ]
 IndexOption = Annotated[
     list[str] | None,
-    typer.Option(help="Folder or address of the index to search (not for tinywiki); several are fused by their ranks."),
+    typer.Option(help="Folder or address of the index (not for tinywiki and miniwiki); several are fused by ranks."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 TopKOption = Annotated[int | None, typer.Option(help="Passages per search.")]
 MaxTurnsOption = Annotated[int | None, typer.Option(help="Actions per episode.")]
 PromptOption = Annotated[str | None, typer.Option(help="Prompt by name: search-r1, igpo (function calls) or tinywiki.")]
+
+MODES: dict[str, dict[str, Any]] = {
+    "agent": {},
+    "closed-book": {"prompt": "closed-book", "max_turns": 1},
+    "retrieve-once": {"max_turns": 2},
+}
+"""What a model may do → the rules that make it so."""
 
 
 def rules_set_by_user(
@@ -36,21 +52,83 @@ def rules_set_by_user(
     return {name: value for name, value in given.items() if value is not None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Acting:
+    """What the user typed about the policy."""
+
+    name: str
+    server: str | None
+    mode: str
+    temperature: float
+    max_new_tokens: int
+    device: str
+    guide: bool
+
+    def open(self, suite: Suite) -> tuple[Policy, dict[str, Any]]:
+        """The policy, and what of it stands in the run card."""
+        from agentgym_ig.baselines import SearchFirst
+        from agentgym_ig.commands.parts import SCRIPTED, open_policy, open_scripted
+        from agentgym_ig.envs.rollout import prompts_of
+        from agentgym_ig.envs.run_card import model_revision
+
+        if self.name in SCRIPTED and self.server is None:
+            if self.mode != "agent":
+                raise ValueError(f"--mode is for models; {self.name} is a script")
+            return open_scripted(self.name, suite), {"name": self.name, "kind": "script"}
+        acting = open_policy(
+            self.name,
+            device=self.device,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            server=self.server,
+        )
+        config = getattr(getattr(acting, "model", None), "config", None)
+        folder, commit = (getattr(config, name, None) for name in ("_name_or_path", "_commit_hash"))
+        card = {
+            "name": self.name,
+            "kind": "server" if self.server else "transformers",
+            "mode": self.mode,
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "guide": self.guide,
+            **({"server": self.server} if self.server else model_revision(folder or self.name, commit)),
+        }
+        return (SearchFirst(acting, prompts_of(suite.env(1))) if self.mode == "retrieve-once" else acting), card
+
+
 def evaluate(
     policy: Annotated[
-        str, typer.Option(help="oracle, search-once, random, or a model: tinywiki, a folder, a hub name.")
+        str,
+        typer.Option(
+            help="oracle, closed-book, retrieve-once, multi-hop, random; or a model: tinywiki, a folder, a hub name."
+        ),
     ] = "tinywiki",
     model: Annotated[str | None, typer.Option(help="A model's name or folder; the same as --policy with it.")] = None,
     server: Annotated[
         str | None, typer.Option(help="Address of an OpenAI-compatible server that has the model; key: OPENAI_API_KEY.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="tinywiki, igpo or search-r1.")] = "tinywiki",
+    mode: Annotated[
+        str, typer.Option(help="What a model may do: agent, closed-book (no search), retrieve-once (RAG).")
+    ] = "agent",
+    suite: Annotated[
+        str, typer.Option(help="tinywiki, miniwiki, igpo, search-r1, or a YAML file of your own.")
+    ] = "tinywiki",
     questions: QuestionsOption = None,
     index: IndexOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per dataset (tinywiki: 150 unless set).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
-    episodes: Annotated[Path | None, typer.Option(help="Add every episode to this JSON Lines file as it ends.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Do not play again what --episodes holds already.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the episodes, figures, tables (Markdown, CSV) and the run card.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --out; nothing is played again.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew in an --out that is in use.")] = False,
+    tries: Annotated[int, typer.Option(min=1, help="Episodes per question; several give pass@k and best-of-n.")] = 1,
+    gain_model: Annotated[
+        str | None, typer.Option(help="Read information gain under this model (folder or hub name); self: the policy.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Address of an OpenAI-compatible server that judges answers.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="That server's name for the judge's model.")] = "default",
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the most probable token.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per action.")] = 256,
     top_k: TopKOption = None,
@@ -63,34 +141,155 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of all random draws, and of TinyWiki's test world.")] = 0,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Evaluate a policy on a suite."""
-    from agentgym_ig.commands.parts import open_policy, open_suite, prepare_for_small_models
-    from agentgym_ig.envs.evaluate import evaluate as run_evaluation
-    from agentgym_ig.records import write_json
+    """Evaluate a policy on a suite: per dataset, in-domain and out-of-domain, with confidence intervals."""
+    from agentgym_ig.commands.parts import how_questions_were_made, open_suite, prepare_for_small_models
+    from agentgym_ig.envs.results import claim
+    from agentgym_ig.envs.run_card import run_card
 
-    if resume and episodes is None:
-        raise ValueError("--resume goes on with a file of episodes; name it by --episodes")
-    if episodes is not None and episodes.exists() and not resume:
-        raise FileExistsError(f"{episodes} is there already; go on with it by --resume, or give another file")
-    asked = open_suite(suite, questions, index, limit, rules_set_by_user(top_k, max_turns, prompt, guide=guide), seed)
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    if resume and out is None:
+        raise ValueError("--resume goes on with a folder; name it by --out")
+    rules = MODES[mode] | rules_set_by_user(top_k, max_turns, prompt, guide=guide)
+    asked = open_suite(suite, questions, index, limit, rules, seed)
     if suite == "tinywiki":
         prepare_for_small_models()
         max_new_tokens = min(max_new_tokens, 16)
-    name = model or policy
-    acting = open_policy(
-        name, asked, device=device, temperature=temperature, max_new_tokens=max_new_tokens, server=server
-    )
-    total = sum(len(own) for own in asked.questions.values())
+    acting = _Acting(
+        name=model or policy, server=server, mode=mode, temperature=temperature, max_new_tokens=max_new_tokens,
+        device=device, guide=guide,
+    )  # fmt: skip
+    playing, card = acting.open(asked)
+    card = run_card(
+        asked, card, seed=seed, tries=tries, index=index or (), questions=how_questions_were_made(questions, asked),
+        command=[Path(sys.argv[0]).name, *(each for each in sys.argv[1:] if each not in ("--resume", "--force"))],
+        judge=judge and f"{judge_model} at {judge}",
+    )  # fmt: skip
+    if out is not None:
+        claim(out, card, resume=resume, force=force)
+    result = _play(playing, asked, out, seed=seed, tries=tries, batch=batch)
+    if gain_model is not None:
+        result = _with_gains(result, asked, out, None if gain_model == "self" else gain_model, playing, device)
+    if judge is not None:
+        result = _judged(result, out, judge, judge_model)
+    _finish(result, card, out)
+
+
+def _play(playing: Policy, asked: Suite, out: Path | None, *, seed: int, tries: int, batch: int) -> Evaluation:
+    from agentgym_ig.envs.evaluate import evaluate as run_evaluation
+    from agentgym_ig.envs.results import EPISODES, note_time
+
+    total = tries * sum(len(own) for own in asked.questions.values())
     advice = (
         "Every whole episode is saved; go on with the same command and --resume."
-        if episodes
-        else "Nothing was written; with --episodes FILE a stopped evaluation can go on."
+        if out
+        else "Nothing was written; with --out FOLDER a stopped evaluation can go on."
     )
+    begun = time.perf_counter()
     with interruptible(advice), bar("episodes", total) as advance:
-        result = run_evaluation(acting, asked, seed=seed, num_envs=batch, out=episodes, progress=advance)
-    console.print(evaluation_table(f"{name} on {suite}, {total:,} questions", {"": result.as_dict()}))
+        result = run_evaluation(
+            playing, asked, seed=seed, tries=tries, num_envs=batch, out=out and out / EPISODES, progress=advance
+        )
+    seconds = round(time.perf_counter() - begun, 1)
+    console.print(f"{total:,} episodes in {seconds} s")
     if out is not None:
-        write_json(out, {"policy": name, "seed": seed, "temperature": temperature, **result.as_dict()})
-        console.print(f"figures: {out}")
-    if episodes is not None:
-        console.print(f"episodes: {episodes}")
+        note_time(out, seconds)
+    return result
+
+
+def _with_gains(
+    result: Evaluation, asked: Suite, out: Path | None, model: str | None, playing: Policy, device: str
+) -> Evaluation:
+    """The episodes with their belief in the gold answer after every turn, read by a model."""
+    from agentgym_ig.baselines import SearchFirst
+    from agentgym_ig.commands.parts import open_policy
+    from agentgym_ig.envs.results import EPISODES
+    from agentgym_ig.records import write_episodes
+    from agentgym_ig.trainers.scoring import Scorer
+
+    own = playing.policy if isinstance(playing, SearchFirst) else playing
+    reader: Any = open_policy(model, device=device, temperature=1.0, max_new_tokens=1) if model else own
+    if not hasattr(reader, "encoder"):
+        raise ValueError("--gain-model self needs a policy that is a transformers model; name a model to read with")
+    scorer = Scorer(reader.model, reader.encoder, asked.rules.texts)
+    scored: list[Any] = []
+    advice = "The episodes are saved; go on with the same command and --resume."
+    with interruptible(advice), bar("information gain", len(result.episodes)) as advance:
+        for first in range(0, len(result.episodes), 64):
+            scored += scorer.with_beliefs(result.episodes[first : first + 64])
+            advance(len(scored))
+    if out is not None:
+        write_episodes(out / EPISODES, scored)
+    return replace(result, episodes=scored)
+
+
+def _judged(result: Evaluation, out: Path | None, address: str, model: str) -> Evaluation:
+    """The evaluation with a judge's verdicts; those of an earlier go are kept."""
+    import json
+    import os
+
+    from agentgym_ig.envs.results import VERDICTS
+    from agentgym_ig.records import write_json
+    from agentgym_ig.remote import Judge, OpenAIServer
+
+    path = out / VERDICTS if out else None
+    verdicts: list[float | None] = json.loads(path.read_text()) if path and path.is_file() else []
+    cases = [(own.question.text, own.question.answers, own.answer) for own in result.episodes]
+    advice = "All verdicts so far are saved; go on with the same command and --resume."
+    server = OpenAIServer(address, model, api_key=os.environ.get("OPENAI_API_KEY"))
+    with server, interruptible(advice), bar("verdicts", len(cases)) as advance:
+        ask = Judge(server)
+        while len(verdicts) < len(cases):
+            verdicts += ask(cases[len(verdicts) : len(verdicts) + 256])
+            advance(len(verdicts))
+            if path:
+                write_json(path, verdicts)
+    if missing := verdicts.count(None):
+        console.print(f"[yellow]The judge gave no verdict on {missing} answers; they are left out of its column.[/]")
+    return replace(result, verdicts=verdicts)
+
+
+def _finish(result: Evaluation, card: Mapping[str, Any], out: Path | None) -> None:
+    from agentgym_ig.envs.results import save
+
+    figures = {"card": dict(card), **result.as_dict()} if out is None else save(out, result, card)
+    console.print(figures_table(figures))
+    for name, own in figures.get("pass", {}).items():
+        shown = "  ".join(f"pass@{k} {100 * value:.1f}" for k, value in own["pass_at"].items())
+        console.print(f"{name}: {shown}  best of {figures['tries']}: F1 {100 * own['best_of']['f1']:.1f}")
+    if out is not None:
+        console.print(f"figures, tables, episodes and run card: {out}")
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two folders of `agentgym-ig eval --out`.")],
+    metric: Annotated[
+        str, typer.Option(help="em, f1, cover_em, em_igpo, f1_igpo, recall, judge, searches, ...")
+    ] = "em",
+    out: Annotated[Path | None, typer.Option(help="Write the comparison to this JSON file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over --out.")] = False,
+) -> None:
+    """Compare two evaluations question by question: difference with its interval, McNemar's test."""
+    from dataclasses import asdict
+
+    from agentgym_ig.envs.evaluate import compare_evaluations
+    from agentgym_ig.envs.results import load
+    from agentgym_ig.headings import PLAIN
+    from agentgym_ig.records import write_json
+
+    if len(runs) != 2:
+        raise ValueError(f"found {len(runs)} folders, wanted two: agentgym-ig compare RUN_A RUN_B")
+    if out is not None and out.exists() and not force:
+        raise FileExistsError(f"{out} is there already; give another file, or --force to write over it")
+    first, second = (load(run) for run in runs)
+    found = compare_evaluations(first, second, metric)
+    scale, unit = (1.0, "") if metric in PLAIN else (100.0, ", percentage points")
+    title = f"{metric} of {_name(runs[0])} less {_name(runs[1])}{unit}"
+    console.print(comparison_table(title, found, scale=scale))
+    if out is not None:
+        rows = {name: asdict(own) for name, own in found.items()}
+        write_json(out, {"metric": metric, "a": str(runs[0]), "b": str(runs[1]), "parts": rows})
+
+
+def _name(run: Path) -> str:
+    return run.resolve().name

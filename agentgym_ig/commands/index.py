@@ -70,9 +70,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Recall of the supporting passages, with each question's own words as the query."""
+    from agentgym_ig.data.questions import read_questions
     from agentgym_ig.indexes.evaluate import evaluate_retrieval
     from agentgym_ig.indexes.opening import open_indexes
-    from agentgym_ig.indexes.sources import read_questions
 
     wanted = _numbers("--k", k)
     asked = [question for path in questions for question in read_questions(path)]
@@ -101,9 +101,9 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time opening and searching on this machine."""
+    from agentgym_ig.data.questions import read_questions
     from agentgym_ig.indexes.bench import bench as measure
     from agentgym_ig.indexes.opening import open_indexes
-    from agentgym_ig.indexes.sources import read_questions
 
     sizes = _numbers("--batch", batch)
     queries = [question.text for path in questions for question in read_questions(path)]

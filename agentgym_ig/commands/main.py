@@ -9,10 +9,11 @@ from collections.abc import Callable
 import typer
 from rich.markup import escape
 
-from agentgym_ig.commands import index
+from agentgym_ig.commands import data, index
 from agentgym_ig.commands.console import console
-from agentgym_ig.commands.evaluate import evaluate
+from agentgym_ig.commands.evaluate import compare, evaluate
 from agentgym_ig.commands.quickstart import quickstart
+from agentgym_ig.commands.report import report, show
 from agentgym_ig.commands.sft import sft
 from agentgym_ig.commands.train import train
 from agentgym_ig.errors import AgentGymError
@@ -22,10 +23,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Environments, dense reward channels and trainers for LLM search agents.",
 )
+app.add_typer(data.app, name="data")
 app.add_typer(index.app, name="index")
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(train)
 app.command()(sft)
+app.command()(report)
+app.command()(show)
 app.command()(quickstart)
 
 

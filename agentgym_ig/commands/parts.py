@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentgym_ig.baselines import closed_book, multi_hop, retrieve_once
+from agentgym_ig.data.manifest import manifest_path, read_manifest
+from agentgym_ig.data.questions import read_questions
 from agentgym_ig.envs.channels import SelfGuide
 from agentgym_ig.envs.datasets import question_file
 from agentgym_ig.envs.episode import Rules
-from agentgym_ig.envs.evaluate import Suite, suite_datasets
 from agentgym_ig.envs.gold import gold_passages
+from agentgym_ig.envs.miniwiki import miniwiki_suite
 from agentgym_ig.envs.rollout import VectorSearch, prompts_of
 from agentgym_ig.envs.search import SearchVectorEnv
+from agentgym_ig.envs.suites import Domains, Suite, read_suite, suite_datasets
 from agentgym_ig.envs.wrappers import add_channel
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.indexes.base import StoredIndex
 from agentgym_ig.indexes.opening import open_indexes
-from agentgym_ig.indexes.sources import read_questions
-from agentgym_ig.policies import Policy, RandomPolicy, oracle, search_once
+from agentgym_ig.policies import Policy, RandomPolicy, oracle
 from agentgym_ig.prompts import with_guide
 from agentgym_ig.types import Question
 
@@ -54,6 +57,11 @@ def prepare_for_small_models() -> None:
     logging.disable_progress_bar()
 
 
+def is_suite_file(name: str) -> bool:
+    """Whether a suite's name is the path of a file that describes one."""
+    return name.endswith((".yaml", ".yml"))
+
+
 def open_suite(
     name: str,
     questions: Path | None,
@@ -61,24 +69,45 @@ def open_suite(
     limit: int | None,
     overrides: Mapping[str, Any],
     seed: int = 0,
+    *,
+    split: str = "test",
 ) -> Suite:
-    """A suite by name. TinyWiki makes its own questions and index; the others need a folder of each.
+    """A suite by name, or from a YAML file. TinyWiki and MiniWiki bring all they need; others need folders.
 
     `questions` holds `<dataset>.jsonl` or `.jsonl.gz` for at least one dataset of the suite; `limit` takes the
-    first so many of each; `overrides` are fields of `Rules` that the user set.
+    first so many of each; `overrides` are fields of `Rules` that the user set; `split` is MiniWiki's.
     """
-    datasets = suite_datasets(name)
+    if is_suite_file(name):
+        said = read_suite(Path(name))
+        places = index or said.index
+        return _suite_of_files(
+            said.name, said.domains, questions or said.questions, places, limit, {**said.rules, **overrides}
+        )
+    domains = suite_datasets(name)
+    if name == "miniwiki":
+        return miniwiki_suite(split, limit, Rules(**overrides))
     if name == "tinywiki":
         from agentgym_ig.trainers.tinywiki import test_world, tinywiki_suite
 
         suite = tinywiki_suite(test_world(seed), limit or 150)
         return replace(suite, rules=replace(suite.rules, **overrides))
+    return _suite_of_files(name, domains, questions, index, limit, overrides)
+
+
+def _suite_of_files(
+    name: str,
+    domains: Domains,
+    questions: Path | None,
+    index: Sequence[str] | None,
+    limit: int | None,
+    rules: Mapping[str, Any],
+) -> Suite:
     if questions is None or not index:
         raise ValueError(
-            f"suite {name!r} needs --questions FOLDER (with {', '.join(datasets)} as .jsonl) and --index FOLDER"
+            f"suite {name!r} needs --questions FOLDER (with {', '.join(domains)} as .jsonl) and --index FOLDER"
         )
     found: dict[str, list[Question]] = {}
-    for dataset in datasets:
+    for dataset in domains:
         if (path := question_file(questions, dataset)) is not None:
             # Releases number each dataset from 0, so ids are told apart by the dataset's name.
             found[dataset] = [
@@ -86,8 +115,14 @@ def open_suite(
                 for question in read_questions(path)[:limit]
             ]
     if not found:
-        raise CorpusError(f"{questions} holds none of {', '.join(f'{dataset}.jsonl[.gz]' for dataset in datasets)}")
-    return Suite(name, found, open_indexes(index), Rules(**overrides))
+        raise CorpusError(f"{questions} holds none of {', '.join(f'{dataset}.jsonl[.gz]' for dataset in domains)}")
+    return Suite(name, found, open_indexes(index), Rules(**rules), domains)
+
+
+def how_questions_were_made(questions: Path | None, suite: Suite) -> dict[str, Any]:
+    """Dataset → the manifest beside its file of questions, for those that have one."""
+    files = {name: question_file(questions, name) for name in suite.questions} if questions else {}
+    return {name: read_manifest(path) for name, path in files.items() if path and manifest_path(path).is_file()}
 
 
 def open_recipe(name: str, suite: str, *, kl: float | None, entropy: float | None) -> Recipe:
@@ -129,9 +164,8 @@ def open_training(
         made = training_env(training_world(seed), places)
         env = SearchVectorEnv(made.index, list(made.questions.values()), places, replace(made.rules, **overrides))
     else:
-        asked = open_suite(suite, questions, index, None, overrides)
-        domains = suite_datasets(suite)
-        own = {name: found for name, found in asked.questions.items() if domains[name] == "in_domain"}
+        asked = open_suite(suite, questions, index, None, overrides, split="train")
+        own = {name: found for name, found in asked.questions.items() if asked.domains[name] == "in_domain"}
         if not own:
             raise ValueError(
                 f"{questions} holds no in-domain dataset of suite {suite!r}, so there is nothing to train on"
@@ -173,10 +207,24 @@ def open_trainable(name: str, device: str, lora_rank: int | None, *, seed: int) 
     return model, tokenizer
 
 
+SCRIPTED = ("oracle", "closed-book", "retrieve-once", "multi-hop", "random")
+"""Policies that need no model, by name."""
+
+
+def open_scripted(name: str, suite: Suite) -> Policy:
+    """One of `SCRIPTED`, for a suite."""
+    if name == "random":
+        return RandomPolicy()
+    if name == "oracle":
+        return open_oracle(suite)
+    make = {"closed-book": closed_book, "retrieve-once": retrieve_once, "multi-hop": multi_hop}[name]
+    return make(prompts_of(suite.env(1)))
+
+
 def open_policy(
-    name: str, suite: Suite, *, device: str, temperature: float, max_new_tokens: int, server: str | None = None
+    name: str, *, device: str, temperature: float, max_new_tokens: int, server: str | None = None
 ) -> Policy:
-    """A policy by name: `oracle`, `search-once`, `random`, or a model's name or folder.
+    """A model's policy by the model's name or folder.
 
     With `server`, the address of an OpenAI-compatible server, the name is that server's for a model of its own; the
     key comes from the environment variable OPENAI_API_KEY.
@@ -186,12 +234,6 @@ def open_policy(
 
         behind = OpenAIServer(server, name, api_key=os.environ.get("OPENAI_API_KEY"))
         return OpenAIPolicy(behind, temperature=temperature, max_tokens=max_new_tokens)
-    if name == "random":
-        return RandomPolicy()
-    if name == "search-once":
-        return search_once(prompts_of(suite.env(1)))
-    if name == "oracle":
-        return open_oracle(suite)
     from agentgym_ig.lm.policy import TransformersPolicy
     from agentgym_ig.trainers.tinywiki import load_policy_model
 

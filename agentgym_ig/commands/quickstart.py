@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,8 @@ import typer
 from agentgym_ig.commands.console import bar, console, evaluation_table, interruptible
 
 if TYPE_CHECKING:
-    from agentgym_ig.envs.evaluate import Evaluation, Suite
+    from agentgym_ig.envs.evaluate import Evaluation
+    from agentgym_ig.envs.suites import Suite
     from agentgym_ig.indexes.bm25 import Bm25Index
     from agentgym_ig.tinywiki import World
 
@@ -86,7 +87,6 @@ def _claim(out: Path, settings: Settings) -> None:
 
 
 def _run(out: Path, settings: Settings, recipes: list[str]) -> None:
-    from agentgym_ig.records import write_json
     from agentgym_ig.report import write_report
     from agentgym_ig.tinywiki import World
     from agentgym_ig.trainers.tinywiki import test_world, tinywiki_suite, training_world
@@ -98,30 +98,15 @@ def _run(out: Path, settings: Settings, recipes: list[str]) -> None:
     suite = tinywiki_suite(unseen, settings.questions, _indexed(unseen, out / "worlds" / "test"))
     validation = tinywiki_suite(World(settings.seed + 500, "validation"), VALIDATION_QUESTIONS)
     start = _warm_start(out, settings)
-    before = _evaluated(out / "before.json", start, suite, "before training")
-    runs: dict[str, dict[str, Any]] = {}
+    columns = {"before": _evaluated(out / "before", start, suite, "before training")}
     for name in recipes:
         model = _trained(out / name, name, settings, start, train_world, train_index, validation)
-        runs[name] = {
-            "after": _evaluated(out / name / "after.json", model, suite, f"after {name}"),
-            "curve": [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()],
-        }
-    first = runs[recipes[0]]
-    report = {
-        "recipe": recipes[0],
-        "seed": settings.seed,
-        "seconds": round(time.perf_counter() - started, 1),
-        "before": before,
-        "after": first["after"],
-        "curve": first["curve"],
-        "compare": {name: runs[name] for name in recipes[1:]},
-        "episodes": _shown_episodes(out / recipes[0], suite),
-    }
-    write_json(out / "report.json", report)
-    write_report(report, out / "report.html")
-    columns = {"before": before} | {f"after {name}": run["after"] for name, run in runs.items()}
+        columns[f"after {name}"] = _evaluated(out / name / "after", model, suite, f"after {name}")
+    with console.status("writing the report"):
+        folders = [out / "before", *(out / name for name in recipes)]
+        write_report(folders, out / "report.html", title=f"Quickstart: {' and '.join(recipes)} on TinyWiki")
     console.print(evaluation_table("TinyWiki, sampled, entities never seen in training", columns))
-    console.print(f"{report['seconds']} s. Report: {out / 'report.html'}  figures: {out / 'report.json'}")
+    console.print(f"{time.perf_counter() - started:.1f} s. Report: {out / 'report.html'}", soft_wrap=True)
     console.print(NEXT, highlight=False, soft_wrap=True)
 
 
@@ -157,18 +142,25 @@ def _warm_start(out: Path, settings: Settings) -> str:
     return str(folder)
 
 
-def _evaluated(path: Path, model: str, suite: Suite, what: str) -> dict[str, Any]:
-    """The model's figures on the suite, from the file if it has been evaluated already."""
-    from agentgym_ig.records import write_episodes, write_json
+def _evaluated(folder: Path, model: str, suite: Suite, what: str) -> dict[str, Any]:
+    """The model's figures on the suite, from the folder if it has been evaluated already."""
+    from agentgym_ig.envs.results import EPISODES, FIGURES, save
+    from agentgym_ig.envs.run_card import model_revision, run_card
+    from agentgym_ig.records import write_episodes
+    from agentgym_ig.trainers.scoring import Scorer
     from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_policy
 
-    if not path.is_file():
-        policy = tiny_policy(*load_policy_model(model))
-        result = _evaluate_with_bar(policy, suite, what)
-        write_episodes(path.with_suffix(".episodes.jsonl"), result.episodes)
-        write_json(path, result.as_dict())
-    figures: dict[str, Any] = json.loads(path.read_text())
-    return figures
+    if (folder / FIGURES).is_file():
+        figures: dict[str, Any] = json.loads((folder / FIGURES).read_text())
+        return figures
+    policy = tiny_policy(*load_policy_model(model))
+    result = _evaluate_with_bar(policy, suite, what)
+    # The gain of every turn is shown in the report; on a model as small as this one it is read in a second.
+    scorer = Scorer(policy.model, policy.encoder, suite.rules.texts)
+    result = replace(result, episodes=scorer.with_beliefs(result.episodes))
+    write_episodes(folder / EPISODES, result.episodes)
+    card = {"name": what, "kind": "transformers", "temperature": policy.temperature, **model_revision(model, None)}
+    return save(folder, result, run_card(suite, card, seed=0))
 
 
 def _evaluate_with_bar(policy: Any, suite: Suite, what: str) -> Evaluation:
@@ -201,30 +193,3 @@ def _trained(
             progress=lambda done, metrics: advance(done, f"EM {metrics.get('em', 0):.2f}"),
         )
     return str(folder)
-
-
-def _shown_episodes(run: Path, suite: Suite) -> list[dict[str, Any]]:
-    """Three episodes of the trained policy with their belief: one won in-domain, one won out-of-domain, one lost."""
-    from agentgym_ig.answers import score
-    from agentgym_ig.envs.evaluate import suite_datasets
-    from agentgym_ig.records import read_episodes, to_json
-    from agentgym_ig.trainers.scoring import Scorer
-    from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_policy
-
-    episodes = read_episodes(run / "after.episodes.jsonl")
-    domains = suite_datasets(suite.name)
-
-    def first(domain: str, won: bool) -> list[Any]:
-        found = [
-            episode
-            for episode in episodes
-            if domains[episode.question.dataset] == domain
-            and bool(score("em", episode.answer, episode.question.answers)) == won
-            and len(episode.turns) > 1
-        ]
-        return sorted(found, key=lambda episode: -len(episode.turns))[:1]
-
-    shown = first("in_domain", True) + first("out_of_domain", True) + first("out_of_domain", False)
-    policy = tiny_policy(*load_policy_model(str(run / "model")))
-    scorer = Scorer(policy.model, policy.encoder, suite.rules.texts)
-    return [to_json(episode) | {"domain": domains[episode.question.dataset]} for episode in scorer.with_beliefs(shown)]

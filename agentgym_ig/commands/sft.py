@@ -15,7 +15,7 @@ from agentgym_ig.commands.train import Bf16Option, CheckpointingOption, LoraOpti
 def sft(
     episodes: Annotated[
         list[Path],
-        typer.Option(exists=True, dir_okay=False, help="File that eval --episodes wrote; may be given several times."),
+        typer.Option(exists=True, dir_okay=False, help="The episodes.jsonl of eval --out; may be given several times."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     model: Annotated[
