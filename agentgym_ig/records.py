@@ -12,6 +12,9 @@ from typing import Any
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.types import Action, Message, Question, Stop, Trajectory, Turn
 
+EVALUATION_FILE, EPISODES_FILE = "evaluation.json", "episodes.jsonl"
+"""What the folder of an evaluation holds: its figures, and its episodes."""
+
 
 def to_json(episode: Trajectory) -> dict[str, Any]:
     """All of a trajectory in plain JSON types."""

@@ -13,12 +13,11 @@ from typing import Any
 from agentgym_ig.envs.evaluate import Evaluation
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.headings import HEADINGS, PLAIN
-from agentgym_ig.records import read_episodes, write_json, write_whole
+from agentgym_ig.records import EPISODES_FILE, EVALUATION_FILE, read_episodes, write_json, write_whole
 
 FORMAT = 1
-CARD, EPISODES, VERDICTS = "card.json", "episodes.jsonl", "verdicts.json"
+CARD, VERDICTS, MARKDOWN, CSV = "card.json", "verdicts.json", "table.md", "table.csv"
 TIMES = "times.jsonl"
-FIGURES, MARKDOWN, CSV = "evaluation.json", "table.md", "table.csv"
 
 COMPARED = ("policy", "suite", "index", "rules", "seed", "tries", "judge")
 """What of a card must be the same for an evaluation to go on."""
@@ -32,7 +31,7 @@ def claim(folder: Path, card: Mapping[str, Any], *, resume: bool = False, force:
     """
     path = folder / CARD
     if force:
-        for name in (CARD, EPISODES, VERDICTS, TIMES, FIGURES, MARKDOWN, CSV):
+        for name in (CARD, EPISODES_FILE, VERDICTS, TIMES, EVALUATION_FILE, MARKDOWN, CSV):
             (folder / name).unlink(missing_ok=True)
     elif path.is_file() and resume:
         begun = json.loads(path.read_text())
@@ -64,7 +63,7 @@ def save(folder: Path, result: Evaluation, card: Mapping[str, Any]) -> dict[str,
         write_json(folder / VERDICTS, list(result.verdicts))
     write_whole(folder / MARKDOWN, markdown(figures).encode(errors="replace"))
     write_whole(folder / CSV, as_csv(figures).encode(errors="replace"))
-    write_json(folder / FIGURES, figures)
+    write_json(folder / EVALUATION_FILE, figures)
     return figures
 
 
@@ -73,9 +72,9 @@ def load(folder: Path) -> Evaluation:
 
     Raises FileNotFoundError, and CorpusError for figures that cannot be read or of another format.
     """
-    path = folder / FIGURES
+    path = folder / EVALUATION_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no {FIGURES} in {folder}; make one: agentgym-ig eval --out {folder} ...")
+        raise FileNotFoundError(f"no {EVALUATION_FILE} in {folder}; make one: agentgym-ig eval --out {folder} ...")
     try:
         figures = json.loads(path.read_text())
         if figures["format"] != FORMAT:
@@ -86,7 +85,7 @@ def load(folder: Path) -> Evaluation:
     verdicts = folder / VERDICTS
     judged = json.loads(verdicts.read_text()) if verdicts.is_file() else None
     # As a log has them in the order of their ends, and verdicts are in that of the questions.
-    episodes = sorted(read_episodes(folder / EPISODES), key=lambda own: (own.group, own.seed))
+    episodes = sorted(read_episodes(folder / EPISODES_FILE), key=lambda own: (own.group, own.seed))
     return Evaluation(suite, domains, episodes, judged)
 
 

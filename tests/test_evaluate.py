@@ -11,10 +11,11 @@ import pytest
 from agentgym_ig.answers import METRICS, score
 from agentgym_ig.envs import Evaluation, Rules, Suite, compare_evaluations, evaluate, prompts_of
 from agentgym_ig.envs.evaluate import episode_figures
-from agentgym_ig.envs.results import FIGURES, as_csv, claim, load, markdown, save
+from agentgym_ig.envs.results import as_csv, claim, load, markdown, save
 from agentgym_ig.envs.run_card import model_revision, questions_hash, run_card
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.policies import Policy, RandomPolicy, ScriptedPolicy, oracle
+from agentgym_ig.records import EVALUATION_FILE
 from agentgym_ig.types import Action, Question, Stop, Trajectory, Turn
 from tests.fakes import PASSAGES, QUESTIONS, BrokenIndex, ListIndex
 
@@ -163,7 +164,7 @@ def test_a_folder_holds_all_that_was_found(tmp_path: Path) -> None:
     claim(tmp_path / "run", card(asked))
     result = evaluate(gold(asked), asked, out=tmp_path / "run" / "episodes.jsonl", num_envs=2)
     figures = save(tmp_path / "run", result, card(asked))
-    assert json.loads((tmp_path / "run" / FIGURES).read_text()) == json.loads(json.dumps(figures))
+    assert json.loads((tmp_path / "run" / EVALUATION_FILE).read_text()) == json.loads(json.dumps(figures))
     again = load(tmp_path / "run")
     assert again.as_dict() == result.as_dict()
     table = (tmp_path / "run" / "table.md").read_text()
@@ -215,10 +216,10 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 def test_folders_that_are_no_evaluation(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="agentgym-ig eval --out"):
         load(tmp_path)
-    (tmp_path / FIGURES).write_text('{"format": 7}')
+    (tmp_path / EVALUATION_FILE).write_text('{"format": 7}')
     with pytest.raises(CorpusError, match="format 7"):
         load(tmp_path)
-    (tmp_path / FIGURES).write_text("{")
+    (tmp_path / EVALUATION_FILE).write_text("{")
     with pytest.raises(CorpusError, match="cannot be read"):
         load(tmp_path)
 

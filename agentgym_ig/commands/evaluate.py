@@ -177,7 +177,8 @@ def evaluate(
 
 def _play(playing: Policy, asked: Suite, out: Path | None, *, seed: int, tries: int, batch: int) -> Evaluation:
     from agentgym_ig.envs.evaluate import evaluate as run_evaluation
-    from agentgym_ig.envs.results import EPISODES, note_time
+    from agentgym_ig.envs.results import note_time
+    from agentgym_ig.records import EPISODES_FILE
 
     total = tries * sum(len(own) for own in asked.questions.values())
     advice = (
@@ -188,7 +189,7 @@ def _play(playing: Policy, asked: Suite, out: Path | None, *, seed: int, tries: 
     begun = time.perf_counter()
     with interruptible(advice), bar("episodes", total) as advance:
         result = run_evaluation(
-            playing, asked, seed=seed, tries=tries, num_envs=batch, out=out and out / EPISODES, progress=advance
+            playing, asked, seed=seed, tries=tries, num_envs=batch, out=out and out / EPISODES_FILE, progress=advance
         )
     seconds = round(time.perf_counter() - begun, 1)
     console.print(f"{total:,} episodes in {seconds} s")
@@ -203,8 +204,7 @@ def _with_gains(
     """The episodes with their belief in the gold answer after every turn, read by a model."""
     from agentgym_ig.baselines import SearchFirst
     from agentgym_ig.commands.parts import open_policy
-    from agentgym_ig.envs.results import EPISODES
-    from agentgym_ig.records import write_episodes
+    from agentgym_ig.records import EPISODES_FILE, write_episodes
     from agentgym_ig.trainers.scoring import Scorer
 
     own = playing.policy if isinstance(playing, SearchFirst) else playing
@@ -219,7 +219,7 @@ def _with_gains(
             scored += scorer.with_beliefs(result.episodes[first : first + 64])
             advance(len(scored))
     if out is not None:
-        write_episodes(out / EPISODES, scored)
+        write_episodes(out / EPISODES_FILE, scored)
     return replace(result, episodes=scored)
 
 

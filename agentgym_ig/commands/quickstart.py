@@ -22,12 +22,12 @@ VALIDATION_QUESTIONS = 50
 """Questions per dataset of the evaluations during training; they come from a third world."""
 
 NEXT = """
-Next, with a real model and real Wikipedia passages (JSON Lines: id, title, text) and questions (JSON Lines named after
-their dataset, as in questions/nq.jsonl: id, dataset, question, answers):
+Next, with a real model and real Wikipedia passages (JSON Lines: id, title, text) and questions (`agentgym-ig data
+questions all --out questions`, or JSON Lines named after their dataset: id, question, answers):
   agentgym-ig index build --corpus wiki.jsonl.gz --out wiki-index
   agentgym-ig index search --index wiki-index "who directed Metropolis"
   agentgym-ig eval --model Qwen/Qwen2.5-3B-Instruct --device cuda \\
-      --suite igpo --questions questions --index wiki-index --limit 100
+      --suite igpo --questions questions --index wiki-index --limit 100 --out runs/base
   agentgym-ig train --recipe igpo --model Qwen/Qwen2.5-3B-Instruct --device cuda \\
       --suite igpo --questions questions --index wiki-index --out runs/igpo
 """
@@ -144,21 +144,21 @@ def _warm_start(out: Path, settings: Settings) -> str:
 
 def _evaluated(folder: Path, model: str, suite: Suite, what: str) -> dict[str, Any]:
     """The model's figures on the suite, from the folder if it has been evaluated already."""
-    from agentgym_ig.envs.results import EPISODES, FIGURES, save
+    from agentgym_ig.envs.results import save
     from agentgym_ig.envs.run_card import model_revision, run_card
-    from agentgym_ig.records import write_episodes
+    from agentgym_ig.records import EPISODES_FILE, EVALUATION_FILE, write_episodes
     from agentgym_ig.trainers.scoring import Scorer
     from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_policy
 
-    if (folder / FIGURES).is_file():
-        figures: dict[str, Any] = json.loads((folder / FIGURES).read_text())
+    if (folder / EVALUATION_FILE).is_file():
+        figures: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text())
         return figures
     policy = tiny_policy(*load_policy_model(model))
     result = _evaluate_with_bar(policy, suite, what)
     # The gain of every turn is shown in the report; on a model as small as this one it is read in a second.
     scorer = Scorer(policy.model, policy.encoder, suite.rules.texts)
     result = replace(result, episodes=scorer.with_beliefs(result.episodes))
-    write_episodes(folder / EPISODES, result.episodes)
+    write_episodes(folder / EPISODES_FILE, result.episodes)
     card = {"name": what, "kind": "transformers", "temperature": policy.temperature, **model_revision(model, None)}
     return save(folder, result, run_card(suite, card, seed=0))
 

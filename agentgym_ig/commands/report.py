@@ -99,7 +99,8 @@ def show(
 
 def _episodes(run: Path) -> Iterator[tuple[str, Trajectory]]:
     """(what it belongs to, episode) of all episodes of a folder or a file."""
-    from agentgym_ig.report import EPISODES_FILE, find_runs
+    from agentgym_ig.records import EPISODES_FILE
+    from agentgym_ig.report import find_runs
     from agentgym_ig.report.runs import read_lines
 
     if run.is_file():

@@ -4,6 +4,6 @@ The page loads nothing, runs no script but its own, and sets all foreign text as
 """
 
 from agentgym_ig.report.page import write_report
-from agentgym_ig.report.runs import EPISODES_FILE, EVALUATION_FILE, Found, find_runs
+from agentgym_ig.report.runs import Found, find_runs
 
-__all__ = ["EPISODES_FILE", "EVALUATION_FILE", "Found", "find_runs", "write_report"]
+__all__ = ["Found", "find_runs", "write_report"]

@@ -14,11 +14,11 @@ from typing import Any
 from jinja2 import Environment
 
 from agentgym_ig.answers import score
-from agentgym_ig.records import write_whole
+from agentgym_ig.records import EPISODES_FILE, write_whole
 from agentgym_ig.report.curves import channel_panels, training_panels
 from agentgym_ig.report.episodes import Packed, pack, to_script
 from agentgym_ig.report.figures import DOMAINS, FIRST, Table, table
-from agentgym_ig.report.runs import EPISODES_FILE, Evaluated, Found, Trained, find_runs
+from agentgym_ig.report.runs import Evaluated, Found, Trained, find_runs
 from agentgym_ig.text import clean
 from agentgym_ig.types import Trajectory
 

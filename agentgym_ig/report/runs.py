@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from agentgym_ig.errors import CorpusError
-from agentgym_ig.records import from_json
+from agentgym_ig.records import EPISODES_FILE, EVALUATION_FILE, from_json
 from agentgym_ig.types import Trajectory
 
-EVALUATION_FILE, EPISODES_FILE, METRICS_FILE = "evaluation.json", "episodes.jsonl", "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 _NOT_RUNS = {"checkpoints", "model", "worlds", "trackers", "wandb", "warm_start", "index"}
 """Folders that hold no runs, and may hold much else."""
