@@ -99,15 +99,18 @@ def information_gain(asked: Suite, per_dataset: int = 6) -> dict[str, Any]:
 
 
 def _table(figures: dict[str, Any]) -> Table:
-    """EM and recall of every policy, per dataset and domain."""
-    headings = [f"{name} {what}" for name in POLICIES for what in ("EM", "F1", "recall")]
-    table = Table("dataset", "n", "recall@10", *headings, "gain (nats)", box=SIMPLE_HEAD)
+    """EM of every policy, and recall of those that search, per dataset and domain."""
+    searching = [name for name in POLICIES if name != "closed-book"]
+    headings = [f"EM {name}" for name in POLICIES[:-1]] + [f"recall {name}" for name in searching]
+    table = Table("dataset", "n", "recall@10", *headings, "gain, nats", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     datasets = figures["policies"]["oracle"]["datasets"]
     for name in (*datasets, "in_domain", "out_of_domain", "all"):
-        rows = [own["datasets"].get(name) or own[name] for own in figures["policies"].values()]
-        shown = [figures["recall@10"].get(name), *(row.get(key) for row in rows for key in ("em", "f1", "recall"))]
+        rows = {policy: own["datasets"].get(name) or own[name] for policy, own in figures["policies"].items()}
+        shown = [figures["recall@10"].get(name), *(rows[policy]["em"] for policy in POLICIES[:-1])]
+        shown += [rows[policy].get("recall") for policy in searching]
         shown.append(figures["info_gain"]["mean_gain_nats"].get(name))
-        table.add_row(name, str(rows[0].get("n", "")), *("" if own is None else f"{own:.3f}" for own in shown))
+        count = str(rows["oracle"].get("n", ""))
+        table.add_row(name, count, *("" if own is None else f"{own:.3f}" for own in shown))
     return table
 
 
