@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gridworld, stopping_bias
+from benchmarks import gridworld, sparse, stopping_bias
 from benchmarks.stopping_bias import BY_LENGTH, FORMS, WORLDS, drift, interval, limit_gap, measured_gap, train
 from tests.groups import f64
 
@@ -164,3 +164,29 @@ def test_odds_turn_the_small_gap_of_the_belief_as_a_critic() -> None:
     rare, often = (measured_gap(FORMS["gae 0.5"], world, policies=8, rounds=10) for world in worlds)
     assert float(rare.mean[0]) > 2 * float(rare.half[0])
     assert float(often.mean[0]) < -2 * float(often.half[0])
+
+
+def run_of(*levels: float, final: float) -> dict[str, object]:
+    """A run evaluated every 100 episodes."""
+    curve = [{"rollouts": 100 * number, "id_em": em, "id_found": 0.5} for number, em in enumerate(levels)]
+    return {"curve": curve, "final": {"id_em": final, "ood_em": final / 2, "id_found": 0.9}, "no_signal": 0.25}
+
+
+def test_the_ratio_of_a_sparse_cell() -> None:
+    grpo = [run_of(0.0, 0.1, 0.2, 0.3, 0.4, final=0.4), run_of(0.0, 0.0, 0.0, 0.1, 0.1, final=0.1)]
+    igpo = [run_of(0.0, 0.3, 0.8, 0.8, 0.8, final=0.8), run_of(0.0, 0.0, 0.4, 0.4, 0.4, final=0.4)]
+    found = sparse.cell(grpo, igpo)
+    assert found["level"] == 0.3  # half of IGPO's mean, the larger one
+    # episodes to it: GRPO 300 and never (400), IGPO 100 and 175
+    assert found["log_ratios"] == pytest.approx([math.log(100 / 300), math.log(175 / 400)], abs=1e-4)
+    assert found["never_reached"] == {"grpo": 1, "igpo": 0}
+    assert found["ratio"][0] == pytest.approx(math.sqrt(100 / 300 * 175 / 400), abs=1e-3)
+    assert found["id_em_over_grpo"][0] == pytest.approx(0.35)
+    alone = sparse.cell(grpo[:1], igpo[:1])
+    assert alone["ratio"][1:] == [None, None]
+    together = sparse.corner({"a": found, "b": alone})
+    # alone the level is 0.4, which GRPO has after 400 episodes and IGPO after 120; each cell counts once
+    mean = (sum(found["log_ratios"]) / 2 + math.log(120 / 400)) / 2
+    assert together["igpo_rollouts_ratio_sparse"][0] == pytest.approx(math.exp(mean), abs=1e-3)
+    assert together["cells"] == 2
+    assert together["never_reached"] == {"grpo": 1, "igpo": 0}
