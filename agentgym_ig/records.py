@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -88,20 +89,34 @@ _BEGINNING = b'{"question": {"id": '
 class EpisodeLog:
     """A file that episodes are added to as they end, a line each; what was in it when it was opened is in `done`.
 
-    A last line that a crash has cut off is removed. Raises CorpusError for a file of something else.
+    A last line that a crash has cut off is removed. Raises CorpusError for a file of something else, and
+    FileExistsError while another process adds to it.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.done: list[Trajectory] = []
-        if path.exists():
-            content = path.read_bytes()
+        self._out = path.open("ab")
+        try:
+            fcntl.flock(self._out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.done = self._begin(path)
+        except BaseException as error:
+            self._out.close()
+            if isinstance(error, BlockingIOError):
+                raise FileExistsError(f"another process is adding episodes to {path}; wait for it") from error
+            raise
+
+    @staticmethod
+    def _begin(path: Path) -> list[Trajectory]:
+        """What the file holds already."""
+        content = path.read_bytes()
+        if content:
             whole = content.rfind(b"\n") + 1
             if not _BEGINNING.startswith(content[whole : whole + len(_BEGINNING)]):
                 raise CorpusError(f"{path} ends with something that is no episode; give another file")
-            self.done = _read(path, content[:whole].splitlines())
+            done = _read(path, content[:whole].splitlines())
             os.truncate(path, whole)
-        self._out = path.open("ab")
+            return done
+        return []
 
     def add(self, episode: Trajectory) -> None:
         """Write an episode; a crash of this process after that does not lose it."""
@@ -111,6 +126,18 @@ class EpisodeLog:
     def close(self) -> None:
         """Close the file."""
         self._out.close()
+
+
+def forget_failed(path: Path) -> int:
+    """Take the episodes out of a file that ended through no fault of the agent, to play them again; says how many."""
+    if not path.is_file():
+        return 0
+    log = EpisodeLog(path)
+    log.close()
+    kept = [episode for episode in log.done if not episode.stop.failed]
+    if len(kept) < len(log.done):
+        write_episodes(path, kept)
+    return len(log.done) - len(kept)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 RESAMPLES = 2000
 """Resamples of a bootstrap: the ends of a 95 % interval then move by about 4 % of its width between seeds."""
 LEVEL = 0.95
+EQUAL = 1e-12
+"""Two values so near are equal: means over tries differ by as much with the order of their terms."""
 
 Interval = tuple[float, float]
 
@@ -94,8 +96,8 @@ def compare(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], 
     if {name: len(own) for name, own in a.items()} != {name: len(own) for name, own in b.items()}:
         raise ValueError("the two runs were asked other questions; compare runs over the same ones")
     gaps = [np.asarray(a[name], dtype=np.float64) - np.asarray(b[name], dtype=np.float64) for name in a]
-    a_only = sum(int((gap > 0).sum()) for gap in gaps)
-    b_only = sum(int((gap < 0).sum()) for gap in gaps)
+    a_only = sum(int((gap > EQUAL).sum()) for gap in gaps)
+    b_only = sum(int((gap < -EQUAL).sum()) for gap in gaps)
     return Comparison(
         float(np.mean([gap.mean() for gap in gaps])),
         bootstrap_interval(gaps, seed=seed),

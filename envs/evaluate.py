@@ -14,6 +14,7 @@ from agentgym_ig.answers import METRICS, score
 from agentgym_ig.envs.rollout import Start, rollout
 from agentgym_ig.envs.suites import DOMAINS, Domains, Suite
 from agentgym_ig.policies import Policy
+from agentgym_ig.records import forget_failed
 from agentgym_ig.statistics import Comparison, bootstrap_interval, compare, pass_at
 from agentgym_ig.types import Stop, Trajectory
 
@@ -65,6 +66,11 @@ class Evaluation:
     domains_of: Domains
     episodes: Sequence[Trajectory]
     verdicts: Sequence[float | None] | None = None
+
+    def questions(self) -> dict[tuple[str, str], tuple[str, tuple[str, ...]]]:
+        """(dataset, id) → text and answers of every question."""
+        every = (episode.question for episode in self.episodes)
+        return {(own.dataset, own.id): (own.text, own.answers) for own in every}
 
     def values(self) -> dict[str, dict[str, Values]]:
         """Dataset → question id → its figures, means over its tries; datasets in the suite's order."""
@@ -195,10 +201,12 @@ def evaluate(
     """`tries` episodes for every question of the suite.
 
     `seed` moves all random draws; `out` and `progress` are as for `rollout`, and with `out` what is in that file is
-    not played again. Raises ValueError for fewer than one try.
+    not played again, but for episodes that failed. Raises ValueError for fewer than one try.
     """
     if tries < 1:
         raise ValueError(f"tries={tries} must be 1 or more")
+    if out is not None:
+        forget_failed(out)
     env = suite.env(num_envs)
     places = ((question, number) for number, question in enumerate(env.questions))
     starts = [
@@ -216,6 +224,8 @@ def compare_evaluations(a: Evaluation, b: Evaluation, metric: str) -> dict[str, 
     """
     if (a.suite, a.domains_of) != (b.suite, b.domains_of):
         raise ValueError(f"one run is of suite {a.suite!r}, the other of {b.suite!r}; compare runs of one suite")
+    if a.questions() != b.questions():
+        raise ValueError("the two runs were asked other questions; compare runs over the same ones")
     pairs = {name: own for name, own in _pairs(a.values(), b.values(), metric).items() if own}
     if not pairs:
         raise ValueError(f"no question has a figure called {metric!r} in both runs")
@@ -232,8 +242,6 @@ def compare_evaluations(a: Evaluation, b: Evaluation, metric: str) -> dict[str, 
 def _pairs(
     a: dict[str, dict[str, Values]], b: dict[str, dict[str, Values]], metric: str
 ) -> dict[str, list[tuple[float, float]]]:
-    if {name: set(own) for name, own in a.items()} != {name: set(own) for name, own in b.items()}:
-        raise ValueError("the two runs were asked other questions; compare runs over the same ones")
     return {
         name: [
             (x, y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from agentgym_ig.envs.evaluate import Evaluation
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.headings import HEADINGS, PLAIN
 from agentgym_ig.records import EPISODES_FILE, EVALUATION_FILE, read_episodes, write_json, write_whole
+from agentgym_ig.types import Trajectory
 
 FORMAT = 1
 CARD, VERDICTS, MARKDOWN, CSV = "card.json", "verdicts.json", "table.md", "table.csv"
 TIMES = "times.jsonl"
 
-COMPARED = ("policy", "suite", "index", "rules", "seed", "tries", "judge")
-"""What of a card must be the same for an evaluation to go on."""
+COMPARED = ("policy", "suite", "index", "rules", "seed", "tries", "judge", "gain_model")
+"""What of a card must be the same for an evaluation to go on; a judge and a gain model may come later."""
+LATER = ("judge", "gain_model")
 
 
 def claim(folder: Path, card: Mapping[str, Any], *, resume: bool = False, force: bool = False) -> None:
@@ -30,23 +32,42 @@ def claim(folder: Path, card: Mapping[str, Any], *, resume: bool = False, force:
     where what it was begun with differs from what is asked for now.
     """
     path = folder / CARD
+    if resume and force:
+        raise ValueError("--resume goes on with what is there and --force begins anew; give one of them")
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file, wanted a folder; give another --out")
     if force:
         for name in (CARD, EPISODES_FILE, VERDICTS, TIMES, EVALUATION_FILE, MARKDOWN, CSV):
             (folder / name).unlink(missing_ok=True)
     elif path.is_file() and resume:
-        begun = json.loads(path.read_text())
-        now = json.loads(json.dumps(card))
-        if differ := [name for name in COMPARED if begun.get(name) != now.get(name)]:
+        begun, now = _compared(_read(path)), _compared(json.loads(json.dumps(card)))
+        later = [name for name in LATER if begun[name] is None]
+        if differ := [name for name in COMPARED if begun[name] != now[name] and name not in later]:
             raise ValueError(
                 f"{folder} was begun with another {' and '.join(differ)} (see its {CARD}); give another --out, or"
                 " --force to begin anew"
             )
-        return
     elif folder.exists() and any(folder.iterdir()):
-        advice = "go on with --resume, begin anew with --force, or give another folder"
-        raise FileExistsError(f"{folder} is there already and not empty; {advice}")
+        advice = "go on with --resume, begin anew with --force" if path.is_file() else "it holds no evaluation"
+        raise FileExistsError(f"{folder} is there already and not empty; {advice}, or give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, card)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CorpusError(f"{path} cannot be read: {error}; begin anew with --force") from error
+
+
+def _compared(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal; an index that is known by its content may lie elsewhere now."""
+    own = {name: card.get(name) for name in COMPARED}
+    index = own["index"] or {}
+    if index.get("made") or index.get("corpus_sha256"):
+        own["index"] = {name: value for name, value in index.items() if name != "places"}
+    return own
 
 
 def note_time(folder: Path, seconds: float) -> None:
@@ -59,8 +80,6 @@ def note_time(folder: Path, seconds: float) -> None:
 def save(folder: Path, result: Evaluation, card: Mapping[str, Any]) -> dict[str, Any]:
     """Write the figures as JSON, Markdown and CSV; equal episodes give equal bytes. Returns what the JSON holds."""
     figures = {"format": FORMAT, "card": dict(card), **result.as_dict()}
-    if result.verdicts is not None:
-        write_json(folder / VERDICTS, list(result.verdicts))
     write_whole(folder / MARKDOWN, markdown(figures).encode(errors="replace"))
     write_whole(folder / CSV, as_csv(figures).encode(errors="replace"))
     write_json(folder / EVALUATION_FILE, figures)
@@ -82,11 +101,28 @@ def load(folder: Path) -> Evaluation:
         suite, domains = figures["suite"], figures["card"]["suite"]["domains"]
     except (ValueError, KeyError, TypeError) as error:
         raise CorpusError(f"{path} cannot be read: {error!r}") from error
-    verdicts = folder / VERDICTS
-    judged = json.loads(verdicts.read_text()) if verdicts.is_file() else None
-    # As a log has them in the order of their ends, and verdicts are in that of the questions.
+    # A log has them in the order of their ends.
     episodes = sorted(read_episodes(folder / EPISODES_FILE), key=lambda own: (own.group, own.seed))
-    return Evaluation(suite, domains, episodes, judged)
+    judged = (folder / VERDICTS).is_file()
+    return Evaluation(suite, domains, episodes, read_verdicts(folder, episodes) if judged else None)
+
+
+def _judged_answer(episode: Trajectory) -> str:
+    """What a verdict is on, as the key of a JSON object: the question, the try, and the answer that it gave."""
+    return json.dumps([episode.group, episode.seed, episode.answer])
+
+
+def write_verdicts(folder: Path, episodes: Sequence[Trajectory], verdicts: Sequence[float | None]) -> None:
+    """Keep a judge's verdicts, one for each episode."""
+    pairs = zip(map(_judged_answer, episodes), verdicts, strict=True)
+    write_json(folder / VERDICTS, {key: verdict for key, verdict in pairs if verdict is not None})
+
+
+def read_verdicts(folder: Path, episodes: Sequence[Trajectory]) -> list[float | None]:
+    """The verdicts on the episodes' answers that are kept; None for answers without one."""
+    path = folder / VERDICTS
+    kept = _read(path) if path.is_file() else {}
+    return [kept.get(_judged_answer(episode)) for episode in episodes]
 
 
 def rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:

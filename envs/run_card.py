@@ -40,6 +40,7 @@ def run_card(
     questions: Mapping[str, Any] | None = None,
     command: Sequence[str] = (),
     judge: str | None = None,
+    gain_model: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A suite, a policy and the settings of an evaluation as plain JSON types, without date or time.
 
@@ -62,6 +63,7 @@ def run_card(
         "seed": seed,
         "tries": tries,
         "judge": judge,
+        "gain_model": dict(gain_model) if gain_model else None,
         "command": list(command),
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",

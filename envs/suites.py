@@ -123,6 +123,10 @@ def _suite_file(path: Path, said: dict[str, Any]) -> SuiteFile:
     own = {"name": path.stem, **said}
     if unknown := sorted(set(own) - {each.name for each in fields(SuiteFile)}):
         raise ValueError(f"unknown field {', '.join(map(str, unknown))}")
+    for name, kind in {"name": str, "questions": str, "rules": dict}.items():
+        if own.get(name) is not None and not isinstance(own[name], kind):
+            wanted = "a mapping of rules to values" if kind is dict else "a text"
+            raise ValueError(f"{name} is {own[name]!r}, wanted {wanted}")
     own |= {name: _names(name, own[name]) for name in ("in_domain", "out_of_domain", "index") if name in own}
     if not (own.get("in_domain") or own.get("out_of_domain")):
         raise ValueError("it names no dataset under in_domain or out_of_domain")
@@ -134,8 +138,8 @@ def _suite_file(path: Path, said: dict[str, Any]) -> SuiteFile:
     )
     if own.get("questions") is not None:
         own["questions"] = path.parent / own["questions"]
-    rules = own.setdefault("rules", {})
-    Rules(**rules)
+    own["rules"] = own.get("rules") or {}
+    Rules(**own["rules"])
     return SuiteFile(**own)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from agentgym_ig.envs.results import write_verdicts
 from agentgym_ig.records import read_episodes
 from tests.conftest import Command, eval_toy
 
@@ -76,7 +77,7 @@ def test_two_runs_beside_each_other(command: Command, indexed: Path) -> None:
 
 
 def test_a_model_closed_book_with_one_search_and_with_its_gains(command: Command, tmp_path: Path) -> None:
-    tiny = ("eval", "--suite", "tinywiki", "--limit", 3, "--prompt", "tinywiki")
+    tiny = ("eval", "--suite", "tinywiki", "--limit", 3)
     for mode, turns in {"closed-book": 1, "retrieve-once": 2}.items():
         out = tmp_path / mode
         code, printed = command(*tiny, "--mode", mode, "--out", out, "--tries", 2, "--gain-model", "self")
@@ -84,6 +85,8 @@ def test_a_model_closed_book_with_one_search_and_with_its_gains(command: Command
         episodes = read_episodes(out / "episodes.jsonl")
         assert len(episodes) == 24
         assert all(len(own.turns) <= turns for own in episodes)
+        first = {own.turns[0].queries for own in episodes}
+        assert first == ({()} if turns == 1 else {(own.question.text,) for own in episodes})
         assert all(own.belief for own in episodes)
         assert "pass@2" in printed
     figures = json.loads((tmp_path / "retrieve-once" / "evaluation.json").read_text())
@@ -93,6 +96,8 @@ def test_a_model_closed_book_with_one_search_and_with_its_gains(command: Command
     for arguments, said in {
         ("--mode", "nope"): "agent, closed-book, retrieve-once",
         ("--mode", "closed-book", "--policy", "oracle"): "oracle is a script",
+        ("--mode", "closed-book", "--prompt", "tinywiki"): "has a prompt of its own",
+        ("--mode", "retrieve-once", "--max-turns", 4): "has a max-turns of its own",
         ("--policy", "oracle", "--gain-model", "self"): "needs a policy that is a transformers model",
         ("--resume",): "name it by --out",
     }.items():
@@ -106,10 +111,12 @@ def test_a_judge_is_asked_once_about_each_answer(command: Command, indexed: Path
     arguments = ("--policy", "oracle", "--out", out, "--judge", model_server, "--judge-model", "taught")
     code, printed = eval_toy(command, indexed, *arguments)
     assert code == 0, printed
-    verdicts = json.loads((out / "verdicts.json").read_text())
-    assert len(verdicts) == 4
-    (out / "verdicts.json").write_text("[1.0, 1.0, 0.0, 0.0]")
-    assert eval_toy(command, indexed, *arguments, "--resume")[0] == 0
+    assert "no verdict on 4 answers, which its column leaves out; --resume asks again" in printed
+    episodes = sorted(read_episodes(out / "episodes.jsonl"), key=lambda own: own.group)
+    write_verdicts(out, episodes, [1.0, 1.0, 0.0, 0.0])
+    code, printed = eval_toy(command, indexed, *arguments, "--resume")
+    assert code == 0
+    assert "no verdict" not in printed
     judged = json.loads((out / "evaluation.json").read_text())
     assert judged["card"]["judge"] == f"taught at {model_server}"
     assert judged["all"]["judge"] == 0.5

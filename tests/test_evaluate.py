@@ -11,11 +11,11 @@ import pytest
 from agentgym_ig.answers import METRICS, score
 from agentgym_ig.envs import Evaluation, Rules, Suite, compare_evaluations, evaluate, prompts_of
 from agentgym_ig.envs.evaluate import episode_figures
-from agentgym_ig.envs.results import as_csv, claim, load, markdown, save
+from agentgym_ig.envs.results import as_csv, claim, load, markdown, read_verdicts, save, write_verdicts
 from agentgym_ig.envs.run_card import model_revision, questions_hash, run_card
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.policies import Policy, RandomPolicy, ScriptedPolicy, oracle
-from agentgym_ig.records import EVALUATION_FILE
+from agentgym_ig.records import EVALUATION_FILE, EpisodeLog
 from agentgym_ig.types import Action, Question, Stop, Trajectory, Turn
 from tests.fakes import PASSAGES, QUESTIONS, BrokenIndex, ListIndex
 
@@ -151,6 +151,9 @@ def test_what_cannot_be_compared() -> None:
         compare_evaluations(found, replace(found, suite="igpo"), "em")
     with pytest.raises(ValueError, match="other questions"):
         compare_evaluations(found, replace(found, episodes=found.episodes[:-1]), "em")
+    other = [replace(own, question=replace(own.question, text="Another?")) for own in found.episodes]
+    with pytest.raises(ValueError, match="other questions"):
+        compare_evaluations(found, replace(found, episodes=other), "em")
     with pytest.raises(ValueError, match="figure called 'nope'"):
         compare_evaluations(found, found, "nope")
 
@@ -181,8 +184,33 @@ def test_a_judges_verdicts_come_back(tmp_path: Path) -> None:
     asked = suite()
     claim(tmp_path / "run", card(asked))
     result = evaluate(gold(asked), asked, out=tmp_path / "run" / "episodes.jsonl", num_envs=5)
-    save(tmp_path / "run", replace(result, verdicts=[1.0, 0.0, 0.0, 0.0, None]), card(asked))
+    verdicts = [1.0, 0.0, 0.0, 0.0, None]
+    write_verdicts(tmp_path / "run", result.episodes, verdicts)
+    save(tmp_path / "run", replace(result, verdicts=verdicts), card(asked))
     assert load(tmp_path / "run").as_dict()["datasets"]["near"]["judge"] == 0.5
+    assert read_verdicts(tmp_path / "run", result.episodes[::-1]) == verdicts[::-1]
+    changed = [replace(result.episodes[0], answer="another"), *result.episodes[1:]]
+    assert read_verdicts(tmp_path / "run", changed) == [None, *verdicts[1:]]
+
+
+def test_what_failed_is_played_again_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "episodes.jsonl"
+    broken = suite(BrokenIndex())
+    assert {own.stop for own in evaluate(gold(broken), broken, out=file).episodes} == {Stop.SEARCH_FAILED}
+    before = file.read_text()
+    assert evaluate(gold(suite()), suite(), out=file).as_dict()["all"]["em"] == 1.0
+    assert file.read_text() != before
+    whole = file.read_text()
+    assert evaluate(gold(broken), broken, out=file).as_dict()["all"]["em"] == 1.0, "nothing was left to play"
+    assert file.read_text() == whole
+
+
+def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
+    log = EpisodeLog(tmp_path / "episodes.jsonl")
+    with pytest.raises(FileExistsError, match="another process"):
+        evaluate(gold(suite()), suite(), out=tmp_path / "episodes.jsonl")
+    log.close()
+    assert evaluate(gold(suite()), suite(), out=tmp_path / "episodes.jsonl").as_dict()["all"]["em"] == 1.0
 
 
 def test_a_command_that_is_no_unicode_does_no_harm(tmp_path: Path) -> None:
@@ -199,18 +227,27 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     claim(tmp_path / "run", card(asked))
     with pytest.raises(FileExistsError, match="--resume"):
         claim(tmp_path / "run", card(asked))
-    claim(tmp_path / "run", card(asked, command=["other"]), resume=True)
+    claim(tmp_path / "run", card(asked, command=["other"], judge="later"), resume=True)
+    with pytest.raises(ValueError, match="another judge"):
+        claim(tmp_path / "run", card(asked, judge="another"), resume=True)
+    with pytest.raises(ValueError, match="give one of them"):
+        claim(tmp_path / "run", card(asked), resume=True, force=True)
     with pytest.raises(ValueError, match="another rules"):
         claim(tmp_path / "run", card(suite(top_k=1)), resume=True)
     with pytest.raises(ValueError, match="another tries"):
         claim(tmp_path / "run", card(asked, tries=2), resume=True)
     (tmp_path / "run" / "mine.txt").write_text("kept")
+    (tmp_path / "run" / "card.json").write_text("{")
+    with pytest.raises(CorpusError, match=r"card\.json cannot be read"):
+        claim(tmp_path / "run", card(asked), resume=True)
     claim(tmp_path / "run", card(suite(top_k=1)), force=True)
     assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError, match="holds no evaluation"):
         claim(tmp_path / "other", card(asked), resume=True)
+    with pytest.raises(FileExistsError, match="is a file, wanted a folder"):
+        claim(tmp_path / "other" / "thesis.tex", card(asked))
 
 
 def test_folders_that_are_no_evaluation(tmp_path: Path) -> None:

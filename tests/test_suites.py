@@ -1,5 +1,6 @@
 """Suites: those that exist, and those that users describe."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,18 @@ def test_a_suite_from_yaml_is_played(command: Command, toy: Path) -> None:
     code, printed = command("eval", "--suite", toy / "mine.yaml", "--policy", "oracle", "--out", toy / "out")
     assert code == 0, printed
     assert "oracle on mine" in printed
-    assert '"top_k": 2' in (toy / "out" / "card.json").read_text()
+    card = json.loads((toy / "out" / "card.json").read_text())
+    assert card["rules"]["top_k"] == 2
+    assert card["index"]["places"] == [str(toy / "index")]
+    (toy / "more.yaml").write_text(YAML.replace("[hotpotqa]", "[hotpotqa, films]"))
+    code, printed = command("eval", "--suite", toy / "more.yaml", "--policy", "oracle")
+    assert code == 1
+    assert "holds no films.jsonl" in printed
     arguments = ["train", "--suite", toy / "mine.yaml", "--out", toy / "run", "--steps", 1, "--questions-per-step", 1]
     arguments += ["--group-size", 2, "--max-new-tokens", 4, "--recipe", "grpo", "--kl", 0]
     code, printed = command(*arguments)
     assert code == 0, printed
+    assert "None" not in printed
 
 
 def test_training_on_miniwiki_takes_its_training_questions(command: Command, tmp_path: Path) -> None:
@@ -71,6 +79,8 @@ def test_training_on_miniwiki_takes_its_training_questions(command: Command, tmp
         ("in_domain: [a]\nrules: {top_k: 0}", "top_k=0"),
         ("in_domain: [a]\nrules: {tok_k: 1}", "tok_k"),
         ("in_domain: [a", "is no suite"),
+        ("in_domain: [a]\nrules: [1]", "wanted a mapping"),
+        ("in_domain: [a]\nquestions: [qa]", "questions is ['qa'], wanted a text"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -83,7 +83,8 @@ def figures_table(figures: Mapping[str, Any]) -> Table:
     from agentgym_ig.headings import HEADINGS
 
     lines = rows(figures)
-    shown = [name for name in columns(lines) if name in TERMINAL and any(line.get(name) for line in lines)]
+    shown = [name for name in columns(lines) if name in TERMINAL]
+    shown = [name for name in shown if name not in ("truncated", "failed") or any(line.get(name) for line in lines)]
     title = f"{figures['card']['policy']['name']} on {figures['suite']}: shares in percent, 95 % intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("dataset", "domain"):
@@ -101,7 +102,7 @@ def figures_table(figures: Mapping[str, Any]) -> Table:
 def comparison_table(title: str, parts: Mapping[str, Any], *, scale: float = 100.0) -> Table:
     """Differences of two runs. parts: dataset, domain or `all` → an `agentgym_ig.statistics.Comparison`."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("", "difference", "95 % interval", "A better", "B better", "McNemar p"):
+    for heading in ("", "difference", "95 % interval", "A better", "B better", "exact p"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, own in parts.items():
         low, high = (scale * end for end in own.interval)

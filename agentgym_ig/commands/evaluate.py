@@ -69,7 +69,6 @@ class _Acting:
         from agentgym_ig.baselines import SearchFirst
         from agentgym_ig.commands.parts import SCRIPTED, open_policy, open_scripted
         from agentgym_ig.envs.rollout import prompts_of
-        from agentgym_ig.envs.run_card import model_revision
 
         if self.name in SCRIPTED and self.server is None:
             if self.mode != "agent":
@@ -82,16 +81,13 @@ class _Acting:
             max_new_tokens=self.max_new_tokens,
             server=self.server,
         )
-        config = getattr(getattr(acting, "model", None), "config", None)
-        folder, commit = (getattr(config, name, None) for name in ("_name_or_path", "_commit_hash"))
         card = {
-            "name": self.name,
+            **({"name": self.name, "server": self.server} if self.server else _revision(self.name, acting)),
             "kind": "server" if self.server else "transformers",
             "mode": self.mode,
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
             "guide": self.guide,
-            **({"server": self.server} if self.server else model_revision(folder or self.name, commit)),
         }
         return (SearchFirst(acting, prompts_of(suite.env(1))) if self.mode == "retrieve-once" else acting), card
 
@@ -137,42 +133,59 @@ def evaluate(
     guide: Annotated[
         bool, typer.Option("--guide", help="Ask for self-assessment, as training by self-guide does.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Episodes side by side.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Episodes side by side.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of all random draws, and of TinyWiki's test world.")] = 0,
     device: DeviceOption = "cpu",
 ) -> None:
     """Evaluate a policy on a suite: per dataset, in-domain and out-of-domain, with confidence intervals."""
-    from agentgym_ig.commands.parts import how_questions_were_made, open_suite, prepare_for_small_models
+    from agentgym_ig.commands.parts import how_questions_were_made, open_suite, places_of, prepare_for_small_models
     from agentgym_ig.envs.results import claim
     from agentgym_ig.envs.run_card import run_card
 
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
-    if resume and out is None:
-        raise ValueError("--resume goes on with a folder; name it by --out")
+    _check(mode, max_turns, prompt, resume=resume, out=out)
     rules = MODES[mode] | rules_set_by_user(top_k, max_turns, prompt, guide=guide)
     asked = open_suite(suite, questions, index, limit, rules, seed)
     if suite == "tinywiki":
         prepare_for_small_models()
         max_new_tokens = min(max_new_tokens, 16)
+    _say_what_is_left_out(asked)
+    questions, index = places_of(suite, questions, index)
     acting = _Acting(
         name=model or policy, server=server, mode=mode, temperature=temperature, max_new_tokens=max_new_tokens,
         device=device, guide=guide,
     )  # fmt: skip
     playing, card = acting.open(asked)
+    reader = _reader(gain_model, playing, device)
     card = run_card(
         asked, card, seed=seed, tries=tries, index=index or (), questions=how_questions_were_made(questions, asked),
         command=[Path(sys.argv[0]).name, *(each for each in sys.argv[1:] if each not in ("--resume", "--force"))],
-        judge=judge and f"{judge_model} at {judge}",
+        judge=judge and f"{judge_model} at {judge}", gain_model=gain_model and _revision(gain_model, reader),
     )  # fmt: skip
     if out is not None:
         claim(out, card, resume=resume, force=force)
     result = _play(playing, asked, out, seed=seed, tries=tries, batch=batch)
-    if gain_model is not None:
-        result = _with_gains(result, asked, out, None if gain_model == "self" else gain_model, playing, device)
+    if reader is not None:
+        result = _with_gains(result, asked, out, reader)
     if judge is not None:
         result = _judged(result, out, judge, judge_model)
     _finish(result, card, out)
+
+
+def _check(mode: str, max_turns: int | None, prompt: str | None, *, resume: bool, out: Path | None) -> None:
+    """Refuse options that contradict each other."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    fixed = {"--max-turns": max_turns if "max_turns" in MODES[mode] else None}
+    fixed |= {"--prompt": prompt if "prompt" in MODES[mode] else None}
+    if given := [option for option, value in fixed.items() if value is not None]:
+        raise ValueError(f"--mode {mode} has a {given[0][2:]} of its own; leave out {given[0]}, or --mode")
+    if resume and out is None:
+        raise ValueError("--resume goes on with a folder; name it by --out")
+
+
+def _say_what_is_left_out(asked: Suite) -> None:
+    if lacking := [name for name in asked.domains if name not in asked.questions]:
+        console.print(f"[yellow]no questions of {', '.join(lacking)}: the means are over the others[/]")
 
 
 def _play(playing: Policy, asked: Suite, out: Path | None, *, seed: int, tries: int, batch: int) -> Evaluation:
@@ -198,26 +211,44 @@ def _play(playing: Policy, asked: Suite, out: Path | None, *, seed: int, tries: 
     return result
 
 
-def _with_gains(
-    result: Evaluation, asked: Suite, out: Path | None, model: str | None, playing: Policy, device: str
-) -> Evaluation:
-    """The episodes with their belief in the gold answer after every turn, read by a model."""
+def _reader(name: str | None, playing: Policy, device: str) -> Any:
+    """The model that information gain is read under, opened before anything is played; None for none."""
     from agentgym_ig.baselines import SearchFirst
     from agentgym_ig.commands.parts import open_policy
+
+    if name is None:
+        return None
+    own = playing.policy if isinstance(playing, SearchFirst) else playing
+    reader = own if name == "self" else open_policy(name, device=device, temperature=1.0, max_new_tokens=1)
+    if not hasattr(reader, "encoder"):
+        raise ValueError("--gain-model self needs a policy that is a transformers model; name a model to read with")
+    return reader
+
+
+def _revision(name: str, acting: Any) -> dict[str, str]:
+    """What pins the model of a policy that has one here."""
+    from agentgym_ig.envs.run_card import model_revision
+
+    config = getattr(getattr(acting, "model", None), "config", None)
+    folder, commit = (getattr(config, own, None) for own in ("_name_or_path", "_commit_hash"))
+    return {"name": name, **model_revision(folder or name, commit)}
+
+
+def _with_gains(result: Evaluation, asked: Suite, out: Path | None, reader: Any) -> Evaluation:
+    """The episodes with their belief in the gold answer after every turn, read by a model; once is enough."""
     from agentgym_ig.records import EPISODES_FILE, write_episodes
     from agentgym_ig.trainers.scoring import Scorer
 
-    own = playing.policy if isinstance(playing, SearchFirst) else playing
-    reader: Any = open_policy(model, device=device, temperature=1.0, max_new_tokens=1) if model else own
-    if not hasattr(reader, "encoder"):
-        raise ValueError("--gain-model self needs a policy that is a transformers model; name a model to read with")
     scorer = Scorer(reader.model, reader.encoder, asked.rules.texts)
-    scored: list[Any] = []
+    scored = list(result.episodes)
+    missing = [place for place, episode in enumerate(scored) if not episode.belief]
     advice = "The episodes are saved; go on with the same command and --resume."
-    with interruptible(advice), bar("information gain", len(result.episodes)) as advance:
-        for first in range(0, len(result.episodes), 64):
-            scored += scorer.with_beliefs(result.episodes[first : first + 64])
-            advance(len(scored))
+    with interruptible(advice), bar("information gain", len(missing)) as advance:
+        for first in range(0, len(missing), 64):
+            places = missing[first : first + 64]
+            for place, episode in zip(places, scorer.with_beliefs([scored[own] for own in places]), strict=True):
+                scored[place] = episode
+            advance(first + len(places))
     if out is not None:
         write_episodes(out / EPISODES_FILE, scored)
     return replace(result, episodes=scored)
@@ -225,27 +256,28 @@ def _with_gains(
 
 def _judged(result: Evaluation, out: Path | None, address: str, model: str) -> Evaluation:
     """The evaluation with a judge's verdicts; those of an earlier go are kept."""
-    import json
     import os
 
-    from agentgym_ig.envs.results import VERDICTS
-    from agentgym_ig.records import write_json
+    from agentgym_ig.envs.results import read_verdicts, write_verdicts
     from agentgym_ig.remote import Judge, OpenAIServer
 
-    path = out / VERDICTS if out else None
-    verdicts: list[float | None] = json.loads(path.read_text()) if path and path.is_file() else []
     cases = [(own.question.text, own.question.answers, own.answer) for own in result.episodes]
+    verdicts = read_verdicts(out, result.episodes) if out else [None] * len(cases)
+    missing = [place for place, verdict in enumerate(verdicts) if verdict is None]
     advice = "All verdicts so far are saved; go on with the same command and --resume."
     server = OpenAIServer(address, model, api_key=os.environ.get("OPENAI_API_KEY"))
-    with server, interruptible(advice), bar("verdicts", len(cases)) as advance:
+    with server, interruptible(advice), bar("verdicts", len(missing)) as advance:
         ask = Judge(server)
-        while len(verdicts) < len(cases):
-            verdicts += ask(cases[len(verdicts) : len(verdicts) + 256])
-            advance(len(verdicts))
-            if path:
-                write_json(path, verdicts)
-    if missing := verdicts.count(None):
-        console.print(f"[yellow]The judge gave no verdict on {missing} answers; they are left out of its column.[/]")
+        for first in range(0, len(missing), 256):
+            places = missing[first : first + 256]
+            for place, verdict in zip(places, ask([cases[own] for own in places]), strict=True):
+                verdicts[place] = verdict
+            advance(first + len(places))
+            if out is not None:
+                write_verdicts(out, result.episodes, verdicts)
+    if unclear := verdicts.count(None):
+        again = "; --resume asks again" if out else ""
+        console.print(f"[yellow]The judge gave no verdict on {unclear} answers, which its column leaves out{again}.[/]")
     return replace(result, verdicts=verdicts)
 
 
@@ -254,6 +286,9 @@ def _finish(result: Evaluation, card: Mapping[str, Any], out: Path | None) -> No
 
     figures = {"card": dict(card), **result.as_dict()} if out is None else save(out, result, card)
     console.print(figures_table(figures))
+    if failed := [episode for episode in result.episodes if episode.stop.failed]:
+        again = "; --resume plays them again" if out else ""
+        console.print(f"[yellow]{len(failed)} episodes failed ({failed[0].error}) and count as wrong{again}.[/]")
     for name, own in figures.get("pass", {}).items():
         shown = "  ".join(f"pass@{k} {100 * value:.1f}" for k, value in own["pass_at"].items())
         console.print(f"{name}: {shown}  best of {figures['tries']}: F1 {100 * own['best_of']['f1']:.1f}")

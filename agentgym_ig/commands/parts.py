@@ -57,9 +57,14 @@ def prepare_for_small_models() -> None:
     logging.disable_progress_bar()
 
 
-def is_suite_file(name: str) -> bool:
-    """Whether a suite's name is the path of a file that describes one."""
-    return name.endswith((".yaml", ".yml"))
+def places_of(
+    suite: str, questions: Path | None, index: Sequence[str] | None
+) -> tuple[Path | None, Sequence[str] | None]:
+    """The folder of questions and the indexes that the user named, or else that a suite's file names."""
+    if not suite.endswith((".yaml", ".yml")):
+        return questions, index
+    said = read_suite(Path(suite))
+    return questions or said.questions, index or said.index
 
 
 def open_suite(
@@ -77,12 +82,14 @@ def open_suite(
     `questions` holds `<dataset>.jsonl` or `.jsonl.gz` for at least one dataset of the suite; `limit` takes the
     first so many of each; `overrides` are fields of `Rules` that the user set; `split` is MiniWiki's.
     """
-    if is_suite_file(name):
+    if name.endswith((".yaml", ".yml")):
         said = read_suite(Path(name))
-        places = index or said.index
-        return _suite_of_files(
-            said.name, said.domains, questions or said.questions, places, limit, {**said.rules, **overrides}
+        found = _suite_of_files(
+            said.name, said.domains, *places_of(name, questions, index), limit, {**said.rules, **overrides}
         )
+        if lacking := [dataset for dataset in said.domains if dataset not in found.questions]:
+            raise CorpusError(f"{questions or said.questions} holds no {lacking[0]}.jsonl or {lacking[0]}.jsonl.gz")
+        return found
     domains = suite_datasets(name)
     if name == "miniwiki":
         return miniwiki_suite(split, limit, Rules(**overrides))

@@ -100,7 +100,7 @@ def train(
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar(f"training {recipe}", config.steps) as advance:
         folder = run_training(run, resume=resume, progress=_shown(advance))
-    places = "" if tiny else f" --questions {questions} --index {' --index '.join(index or ())}"
+    places = (f" --questions {questions}" if questions else "") + "".join(f" --index {own}" for own in index or ())
     console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}{places}")
 
 
