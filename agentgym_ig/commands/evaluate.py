@@ -149,7 +149,7 @@ def evaluate(
         prepare_for_small_models()
         max_new_tokens = min(max_new_tokens, 16)
     _say_what_is_left_out(asked)
-    questions, index = places_of(suite, questions, index)
+    folder, places = places_of(suite, questions, index)
     acting = _Acting(
         name=model or policy, server=server, mode=mode, temperature=temperature, max_new_tokens=max_new_tokens,
         device=device, guide=guide,
@@ -157,9 +157,9 @@ def evaluate(
     playing, card = acting.open(asked)
     reader = _reader(gain_model, playing, device)
     card = run_card(
-        asked, card, seed=seed, tries=tries, index=index or (), questions=how_questions_were_made(questions, asked),
+        asked, card, seed=seed, tries=tries, index=places or (), questions=how_questions_were_made(folder, asked),
         command=[Path(sys.argv[0]).name, *(each for each in sys.argv[1:] if each not in ("--resume", "--force"))],
-        judge=judge and f"{judge_model} at {judge}", gain_model=gain_model and _revision(gain_model, reader),
+        judge=judge and f"{judge_model} at {judge}", gain_model=_revision(gain_model, reader) if gain_model else None,
     )  # fmt: skip
     if out is not None:
         claim(out, card, resume=resume, force=force)
@@ -175,9 +175,9 @@ def _check(mode: str, max_turns: int | None, prompt: str | None, *, resume: bool
     """Refuse options that contradict each other."""
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
-    fixed = {"--max-turns": max_turns if "max_turns" in MODES[mode] else None}
-    fixed |= {"--prompt": prompt if "prompt" in MODES[mode] else None}
-    if given := [option for option, value in fixed.items() if value is not None]:
+    named = {"--max-turns": max_turns, "--prompt": prompt}
+    own = {f"--{name.replace('_', '-')}" for name in MODES[mode]}
+    if given := [option for option, value in named.items() if value is not None and option in own]:
         raise ValueError(f"--mode {mode} has a {given[0][2:]} of its own; leave out {given[0]}, or --mode")
     if resume and out is None:
         raise ValueError("--resume goes on with a folder; name it by --out")
@@ -262,7 +262,9 @@ def _judged(result: Evaluation, out: Path | None, address: str, model: str) -> E
     from agentgym_ig.remote import Judge, OpenAIServer
 
     cases = [(own.question.text, own.question.answers, own.answer) for own in result.episodes]
-    verdicts = read_verdicts(out, result.episodes) if out else [None] * len(cases)
+    verdicts: list[float | None] = [None] * len(cases)
+    if out is not None:
+        verdicts = read_verdicts(out, result.episodes)
     missing = [place for place, verdict in enumerate(verdicts) if verdict is None]
     advice = "All verdicts so far are saved; go on with the same command and --resume."
     server = OpenAIServer(address, model, api_key=os.environ.get("OPENAI_API_KEY"))
