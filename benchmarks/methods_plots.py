@@ -91,7 +91,7 @@ def plot_staleness(found: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
 def plot_sparse(cells: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     """One line per cell: IGPO's episodes over GRPO's to half of the final exact match, and the final ones of both."""
     names = list(cells)[::-1]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 0.36 * len(names) + 1.3), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 0.34 * len(names) + 1.4), sharey=True)
     for place, name in enumerate(names):
         own = cells[name]
         middle, low, high = own["ratio"]
@@ -103,9 +103,10 @@ def plot_sparse(cells: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     left.axvline(1, color="#999999", lw=1)
     left.axvline(0.67, color="#999999", lw=1, ls=":")
     left.set_xscale("log", base=2)
-    left.set_xlabel("IGPO's episodes over GRPO's, to half of the final EM")
+    left.set_xticks([0.125, 0.25, 0.5, 1, 2], ["1/8", "1/4", "1/2", "1", "2"])
+    left.set_xlabel("IGPO's episodes over GRPO's,\nto half of the final EM")
     left.set_yticks(range(len(names)), names)
-    right.set_xlabel("final EM, %: filled in-domain, hollow out-of-domain")
+    right.set_xlabel("final EM, %\nfilled: in-domain, hollow: out-of-domain")
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.25)

@@ -74,6 +74,5 @@ def corner(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "igpo_rollouts_ratio_sparse": _ratio(means),
         "id_em_over_grpo": gaps["id_em"],
         "ood_em_over_grpo": gaps["ood_em"],
-        "cells": len(cells),
         "never_reached": {name: sum(own["never_reached"][name] for own in cells.values()) for name in ("grpo", "igpo")},
     }
