@@ -89,7 +89,11 @@ def test_watch_follows_a_run_until_it_is_interrupted(tmp_path: Path) -> None:
         wait(lambda: "run on igpo" in out.read_text())
     finally:
         watching.send_signal(signal.SIGINT)
-        printed = watching.communicate(timeout=60)[0].decode()
+        try:
+            printed = watching.communicate(timeout=60)[0].decode()
+        finally:
+            watching.kill()  # where it does not obey, it must not outlive the test
+            watching.wait()
     assert watching.returncode == 0, printed
     assert "metrics.jsonl:2 is no JSON" in printed
     assert "stays as it is" in printed
