@@ -8,13 +8,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.types import Action, Message, Question, Stop, Trajectory, Turn
 
 EVALUATION_FILE, EPISODES_FILE = "evaluation.json", "episodes.jsonl"
 """What the folder of an evaluation holds: its figures, and its episodes."""
+METRICS_FILE = "metrics.jsonl"
+"""What the folder of a training run holds: a line for every step."""
 
 
 def to_json(episode: Trajectory) -> dict[str, Any]:
@@ -97,12 +99,11 @@ class EpisodeLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._out = path.open("ab")
         try:
-            fcntl.flock(self._out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not locked(self._out):
+                raise FileExistsError(f"another process is adding episodes to {path}; wait for it")
             self.done = self._begin(path)
-        except BaseException as error:
+        except BaseException:
             self._out.close()
-            if isinstance(error, BlockingIOError):
-                raise FileExistsError(f"another process is adding episodes to {path}; wait for it") from error
             raise
 
     @staticmethod
@@ -138,6 +139,15 @@ def forget_failed(path: Path) -> int:
     if len(kept) < len(log.done):
         write_episodes(path, kept)
     return len(log.done) - len(kept)
+
+
+def locked(file: IO[Any]) -> bool:
+    """Lock an open file for this process, until it is closed; False where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ import psutil
 
 from agentgym_ig.indexes import BuildOptions, build_index, open_index, read_corpus
 from agentgym_ig.indexes.build import Kind
-from agentgym_ig.indexes.manifest import sha256
+from agentgym_ig.provenance import file_sha256
 from benchmarks.corpora import queries, spliced
 from benchmarks.measure import fresh, timed
 
@@ -104,7 +104,7 @@ def kills(scratch: Path, times: int = 10) -> dict[str, Any]:
         build.wait()
     _run(corpus, killed).wait()
     hashes = [
-        {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
+        {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
         for folder in (whole, killed)
     ]
     return {

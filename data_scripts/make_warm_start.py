@@ -17,7 +17,7 @@ import torch
 import typer
 
 from agentgym_ig.commands.console import bar, console
-from agentgym_ig.indexes.manifest import sha256
+from agentgym_ig.provenance import file_sha256
 from agentgym_ig.trainers.checkpoint import save_model
 from agentgym_ig.trainers.warm_start import WarmStartConfig, warm_start
 
@@ -38,10 +38,10 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch) / "warm_start"
         save_model(folder, model, tokenizer)
-        made = sha256(folder / WEIGHTS)
+        made = file_sha256(folder / WEIGHTS)
     console.print(f"sha256 of {WEIGHTS}: {made}")
     if check is not None:
-        same = made == sha256(check / WEIGHTS)
+        same = made == file_sha256(check / WEIGHTS)
         console.print("equal bit for bit" if same else f"not equal to {check}")
         raise typer.Exit(0 if same else 1)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class Evaluation:
         every = (episode.question for episode in self.episodes)
         return {(own.dataset, own.id): (own.text, own.answers) for own in every}
 
+    @cached_property
     def values(self) -> dict[str, dict[str, Values]]:
         """Dataset → question id → its figures, means over its tries; datasets in the suite's order."""
         tried: dict[str, dict[str, list[Values]]] = {name: {} for name in self.domains_of}
@@ -99,7 +101,7 @@ class Evaluation:
         }
 
     def _rows(self) -> dict[str, list[Values]]:
-        return {name: list(questions.values()) for name, questions in self.values().items()}
+        return {name: list(questions.values()) for name, questions in self.values.items()}
 
     def domains(self, metrics: Sequence[str] = ("em", "f1"), *, intervals: bool = False) -> dict[str, dict[str, Any]]:
         """Domain → its figures, the plain mean over its datasets as in the papers.
@@ -226,7 +228,7 @@ def compare_evaluations(a: Evaluation, b: Evaluation, metric: str) -> dict[str, 
         raise ValueError(f"one run is of suite {a.suite!r}, the other of {b.suite!r}; compare runs of one suite")
     if a.questions() != b.questions():
         raise ValueError("the two runs were asked other questions; compare runs over the same ones")
-    pairs = {name: own for name, own in _pairs(a.values(), b.values(), metric).items() if own}
+    pairs = {name: own for name, own in _pairs(a.values, b.values, metric).items() if own}
     if not pairs:
         raise ValueError(f"no question has a figure called {metric!r} in both runs")
     parts = {name: [name] for name in pairs}

@@ -7,13 +7,13 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from agentgym_ig.envs.suites import Suite
 from agentgym_ig.indexes.base import Index, StoredIndex
-from agentgym_ig.indexes.manifest import MANIFEST, sha256
+from agentgym_ig.indexes.manifest import MANIFEST, read_manifest
+from agentgym_ig.provenance import file_sha256, versions
 from agentgym_ig.types import Question
 
 PACKAGES = (
@@ -65,7 +65,7 @@ def run_card(
         "judge": judge,
         "gain_model": dict(gain_model) if gain_model else None,
         "command": list(command),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "machine": f"{platform.system()} {platform.machine()}",
     }
 
@@ -85,8 +85,7 @@ def _index_card(index: Index, places: Sequence[str]) -> dict[str, Any]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    return {name: value for name, value in manifest.items() if name != "files"}
+    return {name: value for name, value in read_manifest(folder).items() if name != "files"}
 
 
 def _rules_card(suite: Suite) -> dict[str, Any]:
@@ -108,16 +107,5 @@ def model_revision(name: str, commit: str | None) -> dict[str, str]:
     files = sorted(path for ending in ("config.json", "*.safetensors") for path in folder.glob(ending))
     if not files:
         return {}
-    together = "".join(f"{path.name} {sha256(path)}\n" for path in files)
+    together = "".join(f"{path.name} {file_sha256(path)}\n" for path in files)
     return {"sha256": hashlib.sha256(together.encode()).hexdigest()}
-
-
-def versions() -> dict[str, str]:
-    """Python, and those of `PACKAGES` that are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -13,7 +13,6 @@ where it was stopped: equal corpora and settings give equal files, byte for byte
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from typing import Any, Protocol
 from agentgym_ig.errors import BuildFailed
 from agentgym_ig.indexes.manifest import write_manifest
 from agentgym_ig.indexes.store import PassageStore, store_passages
-from agentgym_ig.records import write_json
+from agentgym_ig.records import locked, write_json
 from agentgym_ig.types import Passage
 
 SHARD = 20_000
@@ -172,10 +171,8 @@ def _owning(partial: Path) -> Iterator[None]:
     """Hold the folder of an unfinished build; the lock goes with the process, however it ends."""
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BuildFailed(f"another process is building in {partial}; wait for it, or end it") from error
+        if not locked(lock):
+            raise BuildFailed(f"another process is building in {partial}; wait for it, or end it")
         yield
 
 

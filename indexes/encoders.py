@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentgym_ig.errors import IndexUnusable
-from agentgym_ig.indexes.manifest import sha256
+from agentgym_ig.provenance import file_sha256
 from agentgym_ig.text import clean
 from agentgym_ig.types import Passage, texts
 
@@ -135,7 +135,7 @@ class Encoder:
         """SHA-256 over the model's weights, configuration and tokenizer: equal for equal models, wherever they lie."""
         whole = hashlib.sha256()
         for path in _model_files(self.folder):
-            whole.update(f"{path.relative_to(self.folder).as_posix()} {sha256(path)}\n".encode())
+            whole.update(f"{path.relative_to(self.folder).as_posix()} {file_sha256(path)}\n".encode())
         return whole.hexdigest()
 
     @cached_property

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from agentgym_ig.errors import IndexUnusable
+from agentgym_ig.provenance import file_sha256
 from agentgym_ig.records import write_json
 
 FORMAT = 2
@@ -18,7 +18,9 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
     """Describe all files of a finished index folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
+    }
     write_json(folder / MANIFEST, {"format": FORMAT, **entries, "files": files})
 
 
@@ -54,7 +56,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
 def damaged_files(folder: Path) -> list[str]:
     """What is not as the manifest says, shards of passages with the rows they hold. Reads every file."""
     manifest = read_manifest(folder)
-    damaged = [name for name, entry in manifest["files"].items() if sha256(folder / name) != entry["sha256"]]
+    damaged = [name for name, entry in manifest["files"].items() if file_sha256(folder / name) != entry["sha256"]]
     return [_with_rows(name, manifest) for name in damaged]
 
 
@@ -65,9 +67,3 @@ def _with_rows(name: str, manifest: dict[str, Any]) -> str:
     first = int(stem) * manifest["shard"]
     last = min(first + manifest["shard"], manifest["passages"])
     return f"{name} (shard {int(stem)}: passages {first + 1:,} to {last:,})"
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 as 64 hexadecimal digits."""
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()

@@ -15,10 +15,10 @@ from transformers import get_scheduler
 from agentgym_ig.envs.channels import SearchCost
 from agentgym_ig.envs.rollout import VectorSearch
 from agentgym_ig.envs.wrappers import add_channel
+from agentgym_ig.records import METRICS_FILE
 from agentgym_ig.trainers import Recipe, Run, TrainConfig, recipe
 from agentgym_ig.trainers.collect import beside, longest_episode, read
 from agentgym_ig.trainers.experience import Batch
-from agentgym_ig.trainers.journal import METRICS_FILE
 from agentgym_ig.trainers.learner import Learner
 from agentgym_ig.trainers.loop import prepare
 from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model, tiny_policy

@@ -22,8 +22,9 @@ from agentgym_ig import BuildFailed, CorpusError, IndexUnusable, Passage
 from agentgym_ig.indexes import Bm25Index, Bm25Settings, BuildOptions, PassageStore, build_index, write_corpus
 from agentgym_ig.indexes.build import Work
 from agentgym_ig.indexes.estimate import estimate
-from agentgym_ig.indexes.manifest import damaged_files, read_manifest, sha256
+from agentgym_ig.indexes.manifest import damaged_files, read_manifest
 from agentgym_ig.indexes.store import store_passages
+from agentgym_ig.provenance import file_sha256
 from agentgym_ig.tinywiki.world import World
 from tests.fakes import PASSAGES
 
@@ -35,7 +36,7 @@ def corpus() -> list[Passage]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @dataclass

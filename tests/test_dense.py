@@ -21,9 +21,10 @@ from agentgym_ig.indexes.build import Kind, Work
 from agentgym_ig.indexes.dense import DenseIndex, Faiss, FaissFile, Torch
 from agentgym_ig.indexes.encoders import Encoder, EncoderSettings
 from agentgym_ig.indexes.estimate import estimate
-from agentgym_ig.indexes.manifest import read_manifest, sha256
+from agentgym_ig.indexes.manifest import read_manifest
 from agentgym_ig.indexes.splitting import check_parts, split_index
 from agentgym_ig.indexes.store import write_corpus
+from agentgym_ig.provenance import file_sha256
 from agentgym_ig.tinywiki import World
 from tests.test_encoders import DATA, mini_corpus, minilm
 from tests.tiny_encoders import save_encoder
@@ -51,7 +52,7 @@ def built(model: EncoderSettings, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def made(kind: Kind, folder: Path) -> DenseIndex:

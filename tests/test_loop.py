@@ -19,9 +19,9 @@ from agentgym_ig.envs import SearchVectorEnv
 from agentgym_ig.envs.channels import SelfGuide
 from agentgym_ig.envs.tinywiki import TINYWIKI_RULES
 from agentgym_ig.envs.wrappers import add_channel
+from agentgym_ig.records import METRICS_FILE
 from agentgym_ig.trainers import PARTS, recipe, train
 from agentgym_ig.trainers.checkpoint import checkpoints
-from agentgym_ig.trainers.journal import METRICS_FILE
 from agentgym_ig.trainers.loop import prepare, train_step
 from tests.runs import fresh, log, paid_env, same, weights
 from tests.tiny import tiny_env

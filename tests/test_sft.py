@@ -28,11 +28,10 @@ from agentgym_ig.envs.tinywiki import TINYWIKI_RULES
 from agentgym_ig.indexes import StoredIndex
 from agentgym_ig.lm.encode import OBSERVED, Encoded
 from agentgym_ig.policies import QuestionPolicy, oracle
-from agentgym_ig.records import write_episodes
+from agentgym_ig.records import METRICS_FILE, write_episodes
 from agentgym_ig.tinywiki import World
 from agentgym_ig.trainers.adapters import is_adapted, with_lora
 from agentgym_ig.trainers.checkpoint import checkpoints
-from agentgym_ig.trainers.journal import METRICS_FILE
 from agentgym_ig.trainers.learner import Learner, make_learner
 from agentgym_ig.trainers.sft import SftConfig, chosen, encode_all, learn, retokenised, rows_of, sft
 from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model, tiny_policy

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from agentgym_ig.errors import CheckpointError
-from agentgym_ig.records import write_whole
+from agentgym_ig.records import METRICS_FILE, write_whole
 from agentgym_ig.trainers.checkpoint import checkpoints, restore
 from agentgym_ig.trainers.learner import Learner
 
-METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
 

@@ -175,7 +175,7 @@ def _trained(
 ) -> str:
     """The folder of the trained model; trains it, or goes on training it, if need be."""
     from agentgym_ig.envs.evaluate import evaluate
-    from agentgym_ig.trainers.journal import METRICS_FILE
+    from agentgym_ig.records import METRICS_FILE
     from agentgym_ig.trainers.loop import Run, train
     from agentgym_ig.trainers.tinywiki import load_policy_model, tiny_config, tiny_policy, tiny_recipe, training_env
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
-from hashlib import file_digest
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from agentgym_ig.data.sources import Source
 from agentgym_ig.data.work import KEPT, Work, hash_lines, partial_folder
 from agentgym_ig.errors import CorpusError
+from agentgym_ig.provenance import file_sha256, versions
 from agentgym_ig.records import write_json
 
 FORMAT = 1
@@ -50,7 +48,7 @@ def is_unchanged(path: Path) -> bool:
 
 def begin_manifest(kind: str, source: Source, settings: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says whatever comes of the rows."""
-    found = {**source.about, "kind": kind, "settings": settings, "versions": versions()}
+    found = {**source.about, "kind": kind, "settings": settings, "versions": versions(LIBRARIES)}
     if source.files:
         found["source_sha256"] = [file_sha256(path) for path in source.files]
     return found
@@ -87,14 +85,3 @@ def write_manifest(path: Path, found: dict[str, Any], work: Work, rows: tuple[in
     whole = {"format": FORMAT, "file": path.name, **found, **work.notes, "rows": counted, "rows_sha256": digest}
     write_json(manifest_path(path), whole)
     return whole
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the libraries that read the rows."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file as it is."""
-    with path.open("rb") as content:
-        return file_digest(content, "sha256").hexdigest()

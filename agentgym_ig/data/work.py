@@ -11,7 +11,6 @@ stopped. The rows become OUT, or the parts of it, in one step when all of them a
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import json
 import os
@@ -27,7 +26,7 @@ from typing import Any
 from agentgym_ig.data.jsonl import open_bytes, reason
 from agentgym_ig.data.reading import Row, Rows
 from agentgym_ig.errors import CorpusError
-from agentgym_ig.records import write_json
+from agentgym_ig.records import locked, write_json
 
 CHUNK = 20_000
 """Lines packed together, and rows of a source after which the state is written."""
@@ -133,10 +132,8 @@ def working(out: Path, finals: Sequence[Path], plan: dict[str, Any], how: How) -
         raise FileExistsError(f"{existing} is there already; --force writes over it")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"another process is writing {out}; wait for it, or end it") from error
+        if not locked(lock):
+            raise FileExistsError(f"another process is writing {out}; wait for it, or end it")
         _check_plan(folder, plan | {"chunk": how.chunk})
         work = Work(folder, out.name.endswith(".gz"))
         try:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from agentgym_ig.errors import CorpusError
-from agentgym_ig.records import EPISODES_FILE, EVALUATION_FILE, from_json
+from agentgym_ig.records import EPISODES_FILE, EVALUATION_FILE, METRICS_FILE, from_json
 from agentgym_ig.types import Trajectory
-
-METRICS_FILE = "metrics.jsonl"
 
 _NOT_RUNS = {"checkpoints", "model", "worlds", "trackers", "wandb", "warm_start", "index"}
 """Folders that hold no runs, and may hold much else."""
