@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,12 +134,21 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return output
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while not path.exists() or not path.stat().st_size:
+    while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def steps_of(out: Path) -> int:
+    return len((out / METRICS_FILE).read_bytes().splitlines()) if (out / METRICS_FILE).exists() else 0
+
+
+def seconds_of_a_step(out: Path) -> float:
+    rows = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+    return min(row["rollout_s"] + row["score_s"] + row["update_s"] for row in rows)
 
 
 def assert_as_alone(out: Path, alone: Path) -> None:
@@ -151,25 +162,21 @@ def assert_as_alone(out: Path, alone: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_or_interrupted_ends_as_one_left_alone(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    process = started(tmp_path / "alone", 2)
-    wait_for(tmp_path / "alone" / METRICS_FILE, process)
-    first = time.monotonic() - begun
-    finish(process)
-    steps = time.monotonic() - begun - first
+    finish(started(tmp_path / "alone", 2))
     rng, killed = random.Random(5), tmp_path / "killed"
-    for _ in range(3):  # anywhere: while it starts, in a step, in a checkpoint
-        process = started(killed, 2, *(["--resume"] if (killed / METRICS_FILE).exists() else []))
-        time.sleep(first * rng.uniform(0.6, 1.0) + steps * rng.uniform(0.0, 0.3))
+    for steps in (0, 2, 5):  # anywhere from there: while it starts, in a step, in a checkpoint
+        process = started(killed, 2, *(["--resume"] if killed.exists() else []))
+        wait_for(lambda wanted=steps: steps_of(killed) >= wanted, process)
+        time.sleep(rng.uniform(0.0, 2 * seconds_of_a_step(tmp_path / "alone")))
         assert process.poll() is None, process.communicate()[0]
         process.send_signal(signal.SIGKILL)
         finish(process, -signal.SIGKILL)
-    finish(started(killed, 2, *(["--resume"] if (killed / METRICS_FILE).exists() else [])))
+    finish(started(killed, 2, "--resume"))
     assert_as_alone(killed, tmp_path / "alone")
 
     interrupted = tmp_path / "interrupted"
     process = started(interrupted, 1)
-    wait_for(interrupted / "checkpoints" / "step-000002" / "state.json", process)
+    wait_for((interrupted / "checkpoints" / "step-000002" / "state.json").exists, process)
     process.send_signal(signal.SIGINT)
     assert "--resume" in finish(process, 130)
     finish(started(interrupted, 1, "--resume"))
