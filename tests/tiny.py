@@ -44,6 +44,8 @@ def untrained(family: str, window: int | None = None, kernel: str | None = None)
             size.pop("head_dim")
         if family in ("qwen2", "gemma3_text"):
             size["layer_types"] = ["full_attention", "sliding_attention" if window else "full_attention"]
+        if family == "granite":
+            size["logits_scaling"] = 4.0
         if window:
             size |= {"sliding_window": window, "use_sliding_window": True}
         config = AutoConfig.for_model(family, **size)

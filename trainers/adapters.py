@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from agentgym_ig.lm.alone import alone_with
-from agentgym_ig.trainers.scoring import Model
+from agentgym_ig.trainers.readout import Model
 
 
 def with_lora(

@@ -15,7 +15,8 @@ from agentgym_ig.trainers.adapters import is_adapted
 from agentgym_ig.trainers.batch import TokenBatch
 from agentgym_ig.trainers.masked import on_mask, require
 from agentgym_ig.trainers.modes import read_tokens
-from agentgym_ig.trainers.scoring import Model
+from agentgym_ig.trainers.packing import inputs_of, packing
+from agentgym_ig.trainers.readout import Model
 
 
 class Critic(nn.Module):
@@ -45,16 +46,17 @@ class Critic(nn.Module):
         the token. At the first token of an episode, which has none before it, it is 0.
         """
         row, before = batch.sampled[:, 1:].nonzero(as_tuple=True)
-        # No attention mask: padding stands on the right, where causal attention does not look.
-        hidden = self.trunk(input_ids=batch.ids, use_cache=False).last_hidden_state
+        inputs, places = inputs_of(self.trunk, batch.ids, batch.real, (row, before))
+        hidden = self.trunk(**inputs).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):  # under which a value would keep three digits
-            values: Tensor = self.head(hidden[row, before].float())[:, 0]
+            values: Tensor = self.head(hidden[places].float())[:, 0]
         return values.new_zeros(batch.ids.shape).index_put((row, before + 1), values)
 
 
 def read_values(critic: Critic, encoded: Sequence[Encoded], *, batch_size: int = 64) -> list[Tensor]:
     """(T,) `Critic.values` of each episode, without a gradient, in evaluation mode, `batch_size` episodes at a time."""
-    return read_tokens(critic, critic.values, encoded, batch_size=batch_size)
+    with packing(critic.trunk):
+        return read_tokens(critic, critic.values, encoded, batch_size=batch_size)
 
 
 def value_loss(

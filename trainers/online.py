@@ -18,7 +18,8 @@ from agentgym_ig.lm.alone import reading
 from agentgym_ig.lm.encode import Branch, ConversationEncoder, Encoded
 from agentgym_ig.prompts import Prompt
 from agentgym_ig.trainers.batch import Stem
-from agentgym_ig.trainers.scoring import Model, Scorer, branch_beliefs
+from agentgym_ig.trainers.readout import Model
+from agentgym_ig.trainers.scoring import Scorer, branch_beliefs
 from agentgym_ig.types import Conversation
 
 

@@ -16,7 +16,9 @@ from agentgym_ig.lm.alone import alone_with
 from agentgym_ig.lm.encode import Encoded
 from agentgym_ig.trainers.adapters import adapter_state, base_weights, is_adapted, without_adapter
 from agentgym_ig.trainers.modes import read_tokens
-from agentgym_ig.trainers.scoring import Model, token_logprobs
+from agentgym_ig.trainers.packing import packing
+from agentgym_ig.trainers.readout import Model
+from agentgym_ig.trainers.scoring import token_logprobs
 
 SAMPLE = 65_536
 """Of a larger tensor, `weights_digest` reads between half as many values and this many."""
@@ -36,7 +38,7 @@ class Reference:
         """
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be above 0")
-        with without_adapter(self.model) if is_adapted(self.model) else nullcontext():
+        with without_adapter(self.model) if is_adapted(self.model) else nullcontext(), packing(self.model):
             return read_tokens(
                 self.model,
                 lambda batch: token_logprobs(self.model, batch, temperature, wanted=batch.sampled),

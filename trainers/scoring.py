@@ -7,26 +7,23 @@ answers after all turns in one short second call. They agree to 1e-4 in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from agentgym_ig.belief import with_belief
-from agentgym_ig.lm.alone import alone_with, reading
+from agentgym_ig.lm.alone import reading
 from agentgym_ig.lm.encode import OBSERVED, Branch, ConversationEncoder, Encoded
 from agentgym_ig.prompts import Prompt
 from agentgym_ig.trainers.batch import PackedBatch, Stem, TokenBatch, pack, pad
+from agentgym_ig.trainers.packing import inputs_of, packing
+from agentgym_ig.trainers.readout import Model, read_tokens_at
 from agentgym_ig.types import Conversation, Trajectory
-
-Model = Any
-"""A transformers causal language model; its own classes are only partly typed."""
 
 
 def token_logprobs(
@@ -40,13 +37,10 @@ def token_logprobs(
     """(B, T) log-probability of each token given those before it; 0 at the first. Differentiable.
 
     wanted: (B, T) bool, the tokens to read, all real ones by default; the others get 0, and no logits are made for
-    them. cache: an empty one, to be filled with the keys and values of all tokens.
+    them. cache: an empty one, to be filled with the keys and values of all tokens; not inside `packing`.
     """
-    row, before = (batch.real if wanted is None else wanted)[:, 1:].nonzero(as_tuple=True)
-    # No attention mask: padding stands on the right, where causal attention does not look.
-    inputs = {"input_ids": batch.ids, "past_key_values": cache, "use_cache": cache is not None}
-    values = _logprobs_at(model, (row, before), batch.ids[row, before + 1], temperature, inputs)
-    return _placed(values, row, before + 1, batch.ids)
+    values, _ = _read(model, batch, temperature, batch.real if wanted is None else wanted, cache)
+    return values
 
 
 def token_entropies(
@@ -55,45 +49,24 @@ def token_entropies(
     """(B, T) log-probabilities as `token_logprobs` gives them, and (B, T) the entropy of the distribution that each
     wanted token was drawn from, in nats. Both differentiable.
     """
+    return _read(model, batch, temperature, wanted, None)
+
+
+def _read(
+    model: Model, batch: TokenBatch, temperature: float, wanted: Tensor, cache: DynamicCache | None
+) -> tuple[Tensor, Tensor]:
+    """(B, T) log-probabilities and entropies of the wanted tokens, 0 at all others."""
     row, before = wanted[:, 1:].nonzero(as_tuple=True)
-    logits = _logits_at(model, (row, before), temperature, {"input_ids": batch.ids, "use_cache": False})
-    every = logits.log_softmax(-1)
-    values = every.gather(-1, batch.ids[row, before + 1, None])[:, 0]
-    entropies = -(every.exp() * every).sum(-1)
+    inputs, places = inputs_of(model, batch.ids, batch.real, (row, before))
+    if cache is not None:
+        inputs |= {"past_key_values": cache, "use_cache": True}
+    values, entropies = read_tokens_at(model, places, batch.ids[row, before + 1], temperature, inputs)
     return _placed(values, row, before + 1, batch.ids), _placed(entropies, row, before + 1, batch.ids)
 
 
 def _placed(values: Tensor, row: Tensor, column: Tensor, ids: Tensor) -> Tensor:
     """(N,) values at their rows and columns of (B, T) zeros."""
     return values.new_zeros(ids.shape).index_put((row, column), values)
-
-
-def _logprobs_at(
-    model: Model, places: tuple[Tensor, Tensor], tokens: Tensor, temperature: float, inputs: dict[str, Any]
-) -> Tensor:
-    """(N,) log-probability of each of `tokens` (N,) under the output at its row and column, (N,) each."""
-    return -cross_entropy(_logits_at(model, places, temperature, inputs), tokens, reduction="none")
-
-
-def _logits_at(model: Model, places: tuple[Tensor, Tensor], temperature: float, inputs: dict[str, Any]) -> Tensor:
-    """(N, vocabulary) float32, divided by the temperature."""
-    with alone_with(model), _output_only_at(model, places):
-        logits: Tensor = model(**inputs).logits[0]
-    return logits.float() / temperature
-
-
-@contextmanager
-def _output_only_at(model: Model, places: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """Have the model make (1, N, vocabulary) logits, for N rows and columns alone.
-
-    Not by `logits_to_keep`, which in transformers 5.17 takes no places that differ from row to row; nor by calling
-    its output layer, which would leave out what some families then do to the logits.
-    """
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places][None],))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def branch_beliefs(
@@ -115,8 +88,8 @@ def branch_beliefs(
         "past_key_values": cache,
         "use_cache": True,
     }
-    logprobs = _logprobs_at(model, (batch.row, batch.column), batch.token, temperature, inputs).double().cpu()
-    means = iter([float(own.mean()) for own in logprobs.split(batch.scored.tolist())])
+    logprobs, _ = read_tokens_at(model, (batch.row, batch.column), batch.token, temperature, inputs)
+    means = iter([float(own.mean()) for own in logprobs.double().cpu().split(batch.scored.tolist())])
     return [[[next(means) for _ in answers] for _ in own] for own, answers in zip(stems, branches, strict=True)]
 
 
@@ -219,7 +192,7 @@ class Scorer:
         # The token before each answer is read again, so that all predictions come from the second pass.
         stems = [[Stem(own.ids[d - 1 : d], d - 1) for d in own.decisions] for own in conversations]
         beliefs: list[list[list[float]]] = [[[] for _ in own] for own in stems]
-        with reading(self.model):
+        with reading(self.model), packing(self.model if cache is None else None):
             logprobs = token_logprobs(self.model, batch, self.temperature, wanted=batch.sampled, cache=cache)
             if cache is not None:
                 beliefs = branch_beliefs(self.model, stems, branches, cache, self.temperature)

@@ -29,8 +29,9 @@ from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.interrupt import Interruptible
 from agentgym_ig.trainers.journal import CHECKPOINTS, append, begin, stop_if_not_finite
 from agentgym_ig.trainers.learner import Learner, make_learner, next_rate, precision, take_step
+from agentgym_ig.trainers.readout import Model
 from agentgym_ig.trainers.reference import weights_digest
-from agentgym_ig.trainers.scoring import Model, token_logprobs
+from agentgym_ig.trainers.scoring import token_logprobs
 from agentgym_ig.types import Action, Trajectory
 
 logger = logging.getLogger(__name__)

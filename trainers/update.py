@@ -17,6 +17,7 @@ from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.kl import kl_loss
 from agentgym_ig.trainers.learner import Learner, precision, take_step
 from agentgym_ig.trainers.loss_statistics import loss_statistics, loss_sums
+from agentgym_ig.trainers.packing import packing
 from agentgym_ig.trainers.recipes import Recipe
 from agentgym_ig.trainers.scoring import token_entropies, token_logprobs
 
@@ -68,9 +69,10 @@ class Update:
             some = rows[first : first + self.config.micro_batch]
             batch, columns = learned.rows(some, self.learner.model.device)
             weight = weights[first : first + len(some), : batch.ids.shape[1]].to(batch.ids.device, torch.float32)
-            terms, sums = self._terms(batch, columns)
-            loss = torch.stack([(own * weight).sum() for own in terms.values()]).sum()
-            loss.backward()
+            with packing(self.learner.model, self.learner.critic and self.learner.critic.trunk):
+                terms, sums = self._terms(batch, columns)
+                loss = torch.stack([(own * weight).sum() for own in terms.values()]).sum()
+                loss.backward()
             parts.append(sums)
             for name, own in terms.items():
                 totals[name] = totals.get(name, 0.0) + float((own.detach() * weight).sum())

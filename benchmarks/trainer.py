@@ -1,0 +1,187 @@
+"""The trainer beside others, on a CPU.
+
+    python -m benchmarks.trainer --out benchmarks/results/trainer.json
+
+- update: an optimiser step of GRPO on the same model, episodes and token ids as TRL's GRPOTrainer takes it, of a small
+  policy (TinyWiki's, on episodes that it has played) and of a random model of 0.1 billion parameters on episodes of
+  one to five turns with replies of some 400 tokens. Both in one pass over the batch, with AdamW; losses are compared.
+- memory: what log-probabilities of 32,768 tokens over 152,064 words, and their gradient, add to the memory's peak.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from datasets import Dataset
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from agentgym_ig.commands.console import console
+from agentgym_ig.envs.rollout import rollout
+from agentgym_ig.lm.encode import OBSERVED, Encoded
+from agentgym_ig.records import write_json
+from agentgym_ig.trainers import Scorer, TrainConfig, recipe
+from agentgym_ig.trainers.collect import draw_starts
+from agentgym_ig.trainers.experience import Experience
+from agentgym_ig.trainers.learner import make_learner
+from agentgym_ig.trainers.tinywiki import (
+    WARM_START,
+    load_policy_model,
+    tiny_config,
+    tiny_policy,
+    training_env,
+    training_world,
+)
+from agentgym_ig.trainers.update import Update
+from benchmarks.measure import side_by_side, where
+
+EPISODES = {"tiny": 96, "0.1B": 8}
+PROMPT, ACTION, REPLY, TURNS = (150, 250), (40, 120), (350, 450), (1, 5)
+"""Tokens of made-up episodes, and turns: from, to."""
+RATE = 1e-6
+ROUNDS = {"tiny": 7, "0.1B": 2}
+
+
+def model_of(name: str) -> tuple[Any, Any]:
+    """A model and its tokenizer; that of the larger one is only there to be asked for its padding."""
+    small, tokenizer = load_policy_model(WARM_START)
+    if name == "tiny":
+        return small, tokenizer
+    config = Qwen2Config(
+        vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=32_768, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).eval(), tokenizer
+
+
+def episodes_of(name: str, vocabulary: int) -> list[Encoded]:
+    """Episodes played by the small policy; or made up, with a last action for the answer."""
+    if name == "tiny":
+        env, policy = training_env(training_world(0), EPISODES[name]), tiny_policy(*load_policy_model(WARM_START))
+        starts = draw_starts(sorted(env.questions), tiny_config(0), 0)
+        return [policy.encoder.encode(own.conversation) for own in rollout(env, policy, starts)]
+    draw = random.Random(0)
+    found = []
+    for _ in range(EPISODES[name]):
+        turns = draw.randint(*TURNS)
+        parts = [(OBSERVED, draw.randint(*PROMPT))]
+        for turn in range(turns):
+            parts += [(turn, draw.randint(*ACTION)), (OBSERVED, draw.randint(*REPLY))]
+        parts[-1] = (turns, draw.randint(*ACTION))
+        turn = [own for own, length in parts for _ in range(length)]
+        found.append(Encoded([draw.randrange(10, vocabulary) for _ in turn], turn, []))
+    return found
+
+
+def advantages_of(count: int) -> Tensor:
+    """(B,) as GRPO would give them: of equal size, half of them below 0."""
+    return torch.tensor([1.0, -1.0]).repeat(count // 2)
+
+
+def ours(name: str) -> tuple[Callable[[], float], Any]:
+    """A step of our trainer, which returns its loss; and its model."""
+    model, tokenizer = model_of(name)
+    encoded = episodes_of(name, model.config.vocab_size)
+    config = TrainConfig(micro_batch=len(encoded), learning_rate=RATE)
+    learner = make_learner(model, tokenizer, config)
+    old = Scorer(model, None, None, batch_size=len(encoded)).score(encoded, [[]] * len(encoded))  # type: ignore[arg-type]
+    columns = {
+        "old": [own.logprobs for own in old],
+        "advantages": [
+            torch.full((len(own.ids),), float(a)) for own, a in zip(encoded, advantages_of(len(encoded)), strict=True)
+        ],
+    }
+    learned = Experience(encoded, columns)
+    update = Update(learner, replace(recipe("grpo"), kl=0.0, entropy=0.0), config, temperature=1.0, longest=1)
+    return lambda: update.step(learned, range(len(encoded)))["policy_loss"], model
+
+
+def theirs(name: str, folder: Path) -> tuple[Callable[[], float], Any]:
+    """The same step of TRL's trainer: its loss, the gradient, the clip and AdamW."""
+    import trl
+
+    model, tokenizer = model_of(name)
+    encoded = episodes_of(name, model.config.vocab_size)
+    begins = [next(place for place, turn in enumerate(own.turn) if turn != OBSERVED) for own in encoded]
+    played = {
+        "prompt_ids": [own.ids[:at] for own, at in zip(encoded, begins, strict=True)],
+        "completion_ids": [own.ids[at:] for own, at in zip(encoded, begins, strict=True)],
+        "env_mask": [
+            [int(turn != OBSERVED) for turn in own.turn[at:]] for own, at in zip(encoded, begins, strict=True)
+        ],
+        "logprobs": None,
+    }
+    config = trl.GRPOConfig(
+        str(folder), num_generations=2, per_device_train_batch_size=len(encoded), per_device_eval_batch_size=len(encoded),
+        num_iterations=2, max_completion_length=100_000, beta=0.0, loss_type="grpo", learning_rate=RATE, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=model, reward_funcs=lambda prompts, **_: advantages_of(len(prompts)).tolist(), args=config,
+        train_dataset=Dataset.from_dict({"prompt": ["."] * len(encoded)}), processing_class=tokenizer,
+        rollout_func=lambda prompts, trainer: played,
+    )  # fmt: skip
+    model.eval()
+    made = trainer._generate_and_score_completions([{"prompt": "."} for _ in encoded])
+    made["advantages"] = advantages_of(len(encoded))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = trainer._compute_loss(model, made)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss)
+
+    return step, model
+
+
+def update(name: str) -> dict[str, Any]:
+    """Seconds of a step of both, and what the first three have for losses."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (own, model), (other, _) = ours(name), theirs(name, Path(folder))
+        losses = [(own(), other()) for _ in range(3)]
+        best = side_by_side({"ours": own, "trl": other}, rounds=ROUNDS[name])
+    encoded = episodes_of(name, model.config.vocab_size)
+    lengths = [len(each.ids) for each in encoded]
+    return {
+        "parameters": sum(own.numel() for own in model.parameters()),
+        "episodes": len(encoded),
+        "tokens": sum(lengths),
+        "sampled_tokens": sum(turn != OBSERVED for each in encoded for turn in each.turn),
+        "padding_share": round(1 - sum(lengths) / (len(lengths) * max(lengths)), 3),
+        "seconds": {who: round(took, 4) for who, took in best.items()},
+        "tokens_per_s": {who: round(sum(lengths) / took, 1) for who, took in best.items()},
+        "over_trl": round(best["trl"] / best["ours"], 3),
+        "losses": losses,
+    }
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="update; all by default.")] = None,
+) -> None:
+    """Run everything and print it; what is done is written before the next part begins."""
+    figures: dict[str, Any] = where() | {"threads": torch.get_num_threads()}
+    for name in ["tiny"]:
+        figures[f"update, {name}"] = update(name)
+        console.print_json(data=figures[f"update, {name}"])
+    if out is not None:
+        write_json(out, figures)
+
+
+if __name__ == "__main__":
+    typer.run(main)
