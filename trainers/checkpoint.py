@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from agentgym_ig.errors import CheckpointError
+from agentgym_ig.trainers import ranks
 from agentgym_ig.trainers.adapters import is_adapted, load_adapter_state, merged
 from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.learner import Learner
+from agentgym_ig.trainers.sharding import gathered, like, load_whole_state, whole, whole_state
 
 FORMAT = 2
 
@@ -28,18 +31,24 @@ def model_fingerprint(model: Any) -> str:
 def save_checkpoint(folder: Path, step: int, learner: Learner, settings: dict[str, Any], *, keep: int = 2) -> Path:
     """Write `folder/step-XXXXXX`; it appears only when it is whole. Older ones past the last `keep` go.
 
+    With several ranks all must call it, the first writes, and another number of ranks can go on from it.
+
     The model can be loaded with `AutoModelForCausalLM.from_pretrained`; of one with adapters it is the adapter, which
     that finds the base model for. Random states and the place in the data are no part of it: both are functions of the
     seed, which is among the settings, and the step.
     """
     target = folder / f"step-{step:06d}"
-    partial = _empty(folder / ".partial")
-    _write_model(partial, learner.model, learner.tokenizer)
+    weights = whole_state(learner.model)
+    critic = None if learner.critic is None else whole_state(learner.critic)
     state = learner.optimizer.state_dict()
-    tensors = {f"{i}.{name}": value.contiguous() for i, own in state["state"].items() for name, value in own.items()}
-    save_file(tensors, partial / "optimizer.safetensors")
-    if learner.critic is not None:
-        save_file(_whole(learner.critic.state_dict()), partial / "critic.safetensors")
+    tensors = {f"{i}.{name}": whole(value) for i, own in state["state"].items() for name, value in own.items()}
+    if not ranks.first():
+        return target
+    partial = _empty(folder / ".partial")
+    _write_model(partial, learner.model, learner.tokenizer, weights)
+    save_file({name: own.contiguous() for name, own in tensors.items()}, partial / "optimizer.safetensors")
+    if critic is not None:
+        save_file(_apart(critic), partial / "critic.safetensors")
     for number, batch in enumerate(learner.replay):
         save_file(batch.tensors(), partial / f"replay-{number}.safetensors")
     about = {
@@ -64,18 +73,24 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
     The folder is replaced, and only by a whole one.
     """
-    partial = _empty(folder.with_name(f".{folder.name}.partial"))
-    _write_model(partial, merged(model) if is_adapted(model) else model, tokenizer)
-    _put(partial, folder)
+    with gathered(model):
+        plain = merged(model) if is_adapted(model) else model
+    weights = whole_state(plain)
+    if ranks.first():
+        partial = _empty(folder.with_name(f".{folder.name}.partial"))
+        _write_model(partial, plain, tokenizer, weights)
+        _put(partial, folder)
+    ranks.wait()
 
 
-def _write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+def _write_model(folder: Path, model: Any, tokenizer: Any, weights: dict[str, torch.Tensor]) -> None:
     # Without the keyword peft looks the base model up at the hub, to see whether its embedding has grown.
-    model.save_pretrained(folder, **({"save_embedding_layers": False} if is_adapted(model) else {}))
+    own = {"save_embedding_layers": False} if is_adapted(model) else {}
+    model.save_pretrained(folder, state_dict=weights, **own)
     tokenizer.save_pretrained(folder)
 
 
-def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies that share no memory, as safetensors wants them."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
@@ -132,6 +147,8 @@ def restore(folder: Path, learner: Learner, settings: dict[str, Any]) -> int:
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         place, _, key = name.partition(".")
         own.setdefault(int(place), {})[key] = tensor
+    for weight, kept in zip((own for group in learner.parameters for own in group), own.values(), strict=False):
+        kept |= {key: like(weight, tensor) for key, tensor in kept.items() if tensor.shape == weight.shape}
     learner.optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
     learner.schedule.load_state_dict(state["schedule"])
     replayed = (load_file(folder / f"replay-{number}.safetensors") for number in range(state["replay"]))
@@ -144,6 +161,7 @@ def _read_weights(folder: Path, learner: Learner) -> None:
     if is_adapted(model):
         load_adapter_state(model, load_file(folder / "adapter_model.safetensors"))
     else:
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        load_whole_state(model, plain.state_dict())
     if learner.critic is not None:
-        learner.critic.load_state_dict(load_file(folder / "critic.safetensors"))
+        load_whole_state(learner.critic, load_file(folder / "critic.safetensors"))

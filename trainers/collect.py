@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,13 +17,15 @@ from agentgym_ig.belief import combine_aliases, with_belief
 from agentgym_ig.envs.rollout import Start, VectorSearch, rollout
 from agentgym_ig.envs.wrappers import layers
 from agentgym_ig.lm.encode import OBSERVED, Encoded
+from agentgym_ig.records import from_json, to_json
+from agentgym_ig.trainers import ranks, sharding
 from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.critic import read_values
 from agentgym_ig.trainers.dapo import groups_with_signal, overlong_penalty, varied_groups
 from agentgym_ig.trainers.experience import Batch, Experience, experience
 from agentgym_ig.trainers.learner import Learner, precision
 from agentgym_ig.trainers.recipes import Recipe
-from agentgym_ig.trainers.scoring import Scorer
+from agentgym_ig.trainers.scoring import Scored, Scorer
 from agentgym_ig.types import Trajectory
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ def collect(run: Run, learner: Learner, step: int) -> Collected:
     while groups < wanted and sampled < run.recipe.sampling_rounds:
         with precision(run.config, run.policy.model.device), timed(seconds, "rollout_s"):
             starts = draw_starts(sorted(run.env.questions), run.config, step, sampled)
-            episodes = rollout(run.env, run.policy, starts)
+            episodes = _play(run, starts)
         with precision(run.config, run.policy.model.device), timed(seconds, "score_s"):
             batch = read(run, [own for own in episodes if own.turns and not own.stop.failed], step)
         sampled, played = sampled + 1, played + len(episodes)
@@ -115,6 +117,16 @@ def collect(run: Run, learner: Learner, step: int) -> Collected:
     return Collected(batch, learned, figures | {"episodes": len(batch.episodes)} | seconds)
 
 
+def _play(run: Run, starts: Sequence[Start]) -> list[Trajectory]:
+    """All of the episodes on every rank, each of which plays its own groups."""
+    if ranks.count() == 1:
+        return rollout(run.env, run.policy, starts)
+    with sharding.gathered(run.policy.model):
+        played = rollout(run.env, run.policy, [own for own in starts if own.group % ranks.count() == ranks.own()])
+    every = [iter(map(from_json, own)) for own in ranks.gather([to_json(own) for own in played])]
+    return [next(every[own.group % ranks.count()]) for own in starts]
+
+
 def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
     """The episodes with the log-probabilities of their tokens and, if the recipe reads it, their belief, both read in
     one packed pass. Without those whose belief is not finite; None where none are left.
@@ -130,7 +142,14 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
     )
     count = (1 if config.aliases == "first" else None) if gain else 0
     encoded = [policy.encoder.encode(episode.conversation) for episode in episodes]
-    scored = scorer.score(encoded, [episode.question.answers[:count] for episode in episodes])
+    answers = [episode.question.answers[:count] for episode in episodes]
+    with sharding.gathered(policy.model):
+        scored = ranks.read_rows(
+            [len(own.ids) for own in encoded],
+            lambda rows: scorer.score([encoded[row] for row in rows], [answers[row] for row in rows]),
+            encode=lambda own: [own.logprobs.tolist(), own.beliefs],
+            decode=lambda sent: Scored(torch.tensor(sent[0]), sent[1]),
+        )
     if run.recipe.overlong:
         episodes = _with_overlong(run, episodes, encoded)
     kept: list[tuple[Trajectory, Encoded, Tensor]] = []
@@ -189,7 +208,19 @@ def longest_episode(run: Run) -> int:
 def beside(batch: Batch, learner: Learner, config: TrainConfig) -> Batch:
     """The batch with what the reference model and the critic say of its tokens, where the learner has them."""
     if learner.reference is not None:
-        batch = replace(batch, reference=learner.reference(batch.encoded))
-    if learner.critic is not None:
-        batch = replace(batch, values=read_values(learner.critic, batch.encoded, batch_size=config.micro_batch))
+        batch = replace(batch, reference=_tokens_of(batch, learner.model, learner.reference))
+    if (critic := learner.critic) is not None:
+        values = _tokens_of(batch, critic, lambda own: read_values(critic, own, batch_size=config.micro_batch))
+        batch = replace(batch, values=values)
     return batch
+
+
+def _tokens_of(batch: Batch, model: Any, read: Callable[[Sequence[Encoded]], list[Tensor]]) -> list[Tensor]:
+    """(T,) what `read` makes of each episode, every rank reading its share."""
+    with sharding.gathered(model):
+        return ranks.read_rows(
+            [len(own.ids) for own in batch.encoded],
+            lambda rows: read([batch.encoded[row] for row in rows]),
+            encode=Tensor.tolist,
+            decode=torch.tensor,
+        )

@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from agentgym_ig.trainers import ranks
+
 
 class Interruptible:
     """Within this context the first Ctrl-C only sets `asked`; `check` then raises KeyboardInterrupt.
@@ -33,6 +35,10 @@ class Interruptible:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+    def agree(self) -> None:
+        """Have it asked of every rank what is asked of one."""
+        self.asked = ranks.any_of(self.asked)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if Ctrl-C was pressed."""

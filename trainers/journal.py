@@ -9,6 +9,7 @@ from typing import Any
 
 from agentgym_ig.errors import CheckpointError
 from agentgym_ig.records import METRICS_FILE, write_whole
+from agentgym_ig.trainers import ranks
 from agentgym_ig.trainers.checkpoint import checkpoints, restore
 from agentgym_ig.trainers.learner import Learner
 
@@ -24,25 +25,31 @@ def begin(out: Path, learner: Learner, settings: dict[str, Any], *, resume: bool
     nothing to resume, and CheckpointError when what is there does not fit this run, or lacks metrics of its steps.
     """
     found, log = checkpoints(out / CHECKPOINTS), out / METRICS_FILE
+    lines = log.read_bytes().splitlines() if log.exists() else None
+    ranks.wait()  # until all have looked
     if not resume:
-        if found or log.exists():
+        if found or lines is not None:
             raise FileExistsError(f"{out} already holds a run; add --resume to go on with it, or give another folder")
-        write_whole(log, b"")  # from now on there is a run, if one without a step
+        if ranks.first():
+            write_whole(log, b"")  # from now on there is a run, if one without a step
         return []
-    if not found and not log.exists():
+    if not found and lines is None:
         raise FileNotFoundError(f"{out} holds no run to resume; start it without --resume")
     begun = restore(found[-1], learner, settings) if found else 0
-    lines = log.read_bytes().splitlines()[:begun] if log.exists() else []
+    lines = (lines or [])[:begun]
     if len(lines) < begun:
         raise CheckpointError(
             f"{log} has {len(lines)} lines and {found[-1].name} is of step {begun}; put the whole file back"
         )
-    write_whole(log, b"".join(line + b"\n" for line in lines))
+    if ranks.first():
+        write_whole(log, b"".join(line + b"\n" for line in lines))
     return [json.loads(line) for line in lines]
 
 
 def append(out: Path, row: dict[str, Any]) -> None:
-    """Add a step's metrics to the file in the run's folder."""
+    """Add a step's metrics to the file in the run's folder, if this is the rank that writes."""
+    if not ranks.first():
+        return
     with (out / METRICS_FILE).open("a") as log:
         log.write(json.dumps(row) + "\n")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from agentgym_ig.lm.encode import Encoded
+from agentgym_ig.trainers import ranks, sharding
 from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.critic import Critic
 from agentgym_ig.trainers.experience import Experience
@@ -46,6 +47,8 @@ class Learner:
 def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Critic | None = None) -> Learner:
     """A learner at its first step, with AdamW on all parameters that want a gradient.
 
+    With several ranks, and a launcher that asks for it, the model is divided among them (`sharding`).
+
     The model is left in evaluation mode: with dropout the first update would not be on-policy. Gradient checkpointing
     works in training mode alone, so for that all dropout is taken out instead.
     """
@@ -53,10 +56,13 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     if config.gradient_checkpointing:
         for own in [model] if critic is None else [model, critic.trunk]:
             _checkpoint_layers(own)
+    _check_precision([model] if critic is None else [model, critic])
+    if sharding.asked():
+        for own in [model] if critic is None else [model, critic]:
+            sharding.shard(own, bf16=config.bf16)
     groups = [{"params": [own for own in model.parameters() if own.requires_grad], "lr": config.learning_rate}]
     if critic is not None:
         groups.append({"params": list(critic.parameters()), "lr": config.critic_learning_rate})
-    _check_precision(groups)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps)
     if config.warmup_steps:
@@ -72,8 +78,9 @@ def _checkpoint_layers(model: Any) -> None:
     model.train()
 
 
-def _check_precision(groups: Sequence[dict[str, Any]]) -> None:
-    types = {str(own.dtype) for group in groups for own in group["params"]} - {"torch.float32", "torch.float64"}
+def _check_precision(models: Sequence[Any]) -> None:
+    types = {str(own.dtype) for model in models for own in model.parameters() if own.requires_grad}
+    types -= {"torch.float32", "torch.float64"}
     if types:
         raise ValueError(
             f"weights to be trained are {', '.join(sorted(types))}, in which small steps round away; load the model"
@@ -94,7 +101,10 @@ def take_step(learner: Learner, losses: Sequence[float], max_grad_norm: float) -
     Returns their norms before the clip. Raises FloatingPointError, before any weight has changed, when one of them or
     of the losses is not finite.
     """
-    norms = [float(torch.nn.utils.clip_grad_norm_(own, max_grad_norm)) for own in learner.parameters]
+    if sharding.averaged_over(learner.model) == 1:
+        ranks.add_up(own.grad for group in learner.parameters for own in group)
+    clipped = (torch.nn.utils.clip_grad_norm_(own, max_grad_norm) for own in learner.parameters)
+    norms = [float(sharding.whole(norm)) for norm in clipped]
     if not all(map(math.isfinite, (*losses, *norms))):
         raise FloatingPointError(f"losses {list(losses)} or gradient norms {norms} are not finite")
     learner.optimizer.step()

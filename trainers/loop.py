@@ -14,6 +14,7 @@ from agentgym_ig.envs.rollout import VectorSearch
 from agentgym_ig.envs.wrappers import channels_of, layers
 from agentgym_ig.guide import verdict
 from agentgym_ig.lm.policy import TransformersPolicy
+from agentgym_ig.trainers import ranks
 from agentgym_ig.trainers.adapters import is_adapted
 from agentgym_ig.trainers.alarms import alarms
 from agentgym_ig.trainers.checkpoint import save_checkpoint, save_model
@@ -96,7 +97,9 @@ def train(run: Run, *, resume: bool = False, progress: Progress = lambda done, m
     config, folder = run.config, run.out / CHECKPOINTS
     learner, settings = prepare(run)
     history = begin(run.out, learner, settings, resume=resume)
-    tracked = trackers(run.log_with, run.out, run.out.resolve().name, settings, begun=len(history))
+    tracked = trackers(
+        run.log_with if ranks.first() else (), run.out, run.out.resolve().name, settings, begun=len(history)
+    )
     with tracked as track, Interruptible() as interrupt:
         for step in range(len(history), config.steps):
             metrics = train_step(run, learner, step)
@@ -109,6 +112,7 @@ def train(run: Run, *, resume: bool = False, progress: Progress = lambda done, m
             track(metrics, done)
             progress(done, metrics)
             stop_if_not_finite(history, config.max_skipped_updates)
+            interrupt.agree()
             if done % config.save_every == 0 or done == config.steps or interrupt.asked:
                 save_checkpoint(folder, done, learner, settings, keep=config.keep)
             interrupt.check()
@@ -153,18 +157,18 @@ def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
         _check_answers(run)
     check_trackers(run.log_with)
     model, settings = run.policy.model, run.settings
+    if "reference" in needs or is_adapted(model):
+        settings["base_weights"] = weights_digest(model)
     critic = Critic(model) if "values" in needs else None
+    reference = reference_of(model) if "reference" in needs else None
     learner = make_learner(model, run.policy.encoder.tokenizer, run.config, critic=critic)
-    if "reference" in needs:
-        reference = reference_of(model)
+    if reference is not None:
         learner = replace(
             learner,
             reference=lambda encoded: reference.logprobs(
                 encoded, temperature=run.policy.temperature, batch_size=run.config.micro_batch
             ),
         )
-    if "reference" in needs or is_adapted(model):
-        settings["base_weights"] = weights_digest(model)
     json.dumps(settings)  # what a checkpoint could not hold is found now
     return learner, settings
 

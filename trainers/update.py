@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentgym_ig.trainers import ranks
 from agentgym_ig.trainers.aggregation import token_weights
 from agentgym_ig.trainers.batch import TokenBatch, pad
 from agentgym_ig.trainers.config import TrainConfig
@@ -20,6 +21,7 @@ from agentgym_ig.trainers.loss_statistics import loss_statistics, loss_sums
 from agentgym_ig.trainers.packing import packing
 from agentgym_ig.trainers.recipes import Recipe
 from agentgym_ig.trainers.scoring import token_entropies, token_logprobs
+from agentgym_ig.trainers.sharding import averaged_over
 
 
 class Update:
@@ -59,37 +61,61 @@ class Update:
         Every token's weight is fixed over all of them before they are cut into micro-batches. Raises
         FloatingPointError, before anything has changed, when the loss or a gradient is not finite.
         """
-        rows = sorted(rows, key=lambda row: len(learned.encoded[row].ids))
+        lengths = [len(learned.encoded[row].ids) for row in rows]
         sampled = pad([learned.encoded[row] for row in rows]).sampled
         weights = token_weights(sampled, self.recipe.aggregation, width=len(rows) * self.longest)
-        totals: dict[str, float] = {"tokens": float(sampled.sum())}
+        totals: dict[str, float] = {}
         parts: list[dict[str, float]] = []
         self.learner.optimizer.zero_grad()
-        for first in range(0, len(rows), self.config.micro_batch):
-            some = rows[first : first + self.config.micro_batch]
-            batch, columns = learned.rows(some, self.learner.model.device)
-            weight = weights[first : first + len(some), : batch.ids.shape[1]].to(batch.ids.device, torch.float32)
+        for chosen in ranks.micro_batches(lengths, self.config.micro_batch):
+            # An empty pass keeps the other ranks company: its one row counts nothing.
+            batch, columns = learned.rows([rows[place] for place in chosen or [0]], self.learner.model.device)
+            share = weights[chosen] if chosen else torch.zeros_like(weights[:1])
+            weight = share[:, : batch.ids.shape[1]].to(batch.ids.device, torch.float32)
             with packing(self.learner.model, self.learner.critic and self.learner.critic.trunk):
                 terms, sums = self._terms(batch, columns)
                 loss = torch.stack([(own * weight).sum() for own in terms.values()]).sum()
-                loss.backward()
-            parts.append(sums)
+                (loss * averaged_over(self.learner.model)).backward()
+            parts += [sums] if chosen else []
             for name, own in terms.items():
                 totals[name] = totals.get(name, 0.0) + float((own.detach() * weight).sum())
+        totals = ranks.sums(totals)
         norms = take_step(self.learner, list(totals.values()), self.config.max_grad_norm)
-        return totals | dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False)) | loss_statistics(parts)
+        statistics = loss_statistics(part for own in ranks.gather(parts) for part in own)
+        norms_by_name = dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False))
+        return {"tokens": float(sampled.sum())} | totals | norms_by_name | statistics
 
     def _terms(self, batch: TokenBatch, columns: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """(B, T) each term of the loss, its coefficient included, and what the policy loss did to its tokens."""
-        model, recipe, mask = self.learner.model, self.recipe, batch.sampled
+        """(B, T) each term of the loss, its coefficient included, and what the policy loss did to its tokens.
+
+        Where something is not finite, one rank raises FloatingPointError; several would lose each other, so there the
+        terms are nan, and all ranks find the gradient not to be finite.
+        """
+        model, mask = self.learner.model, batch.sampled
         entropies: Tensor | None = None
         with precision(self.config, batch.ids.device):
-            if recipe.entropy:
+            if self.recipe.entropy:
                 logprobs, entropies = token_entropies(model, batch, self.temperature, wanted=mask)
             else:
                 logprobs = token_logprobs(model, batch, self.temperature, wanted=mask)
             values = self.learner.critic.values(batch) if self.learner.critic is not None else None
-        old, advantages = columns["old"], columns["advantages"]
+        read = [logprobs] + [own for own in (entropies, values) if own is not None]
+        try:
+            return self._terms_of(logprobs, entropies, values, columns, mask)
+        except FloatingPointError:
+            if ranks.count() == 1:
+                raise
+            return {"policy_loss": torch.stack([own.float() for own in read]).sum(0) * torch.nan}, {}
+
+    def _terms_of(
+        self,
+        logprobs: Tensor,
+        entropies: Tensor | None,
+        values: Tensor | None,
+        columns: dict[str, Tensor],
+        mask: Tensor,
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        recipe, old, advantages = self.recipe, columns["old"], columns["advantages"]
         terms = {"policy_loss": recipe.loss(logprobs, old, advantages, mask=mask)}
         if recipe.kl:
             terms["kl_loss"] = recipe.kl * kl_loss(logprobs, columns["reference"], recipe.kl_estimator, mask=mask)

@@ -79,9 +79,11 @@ def train(
         prepare_for_small_models,
     )
     from agentgym_ig.lm.policy import TransformersPolicy
+    from agentgym_ig.trainers import ranks
     from agentgym_ig.trainers.loop import Run
     from agentgym_ig.trainers.loop import train as run_training
 
+    device = ranks.join(device)
     tiny = suite == "tinywiki"
     if tiny:
         prepare_for_small_models()
