@@ -48,7 +48,7 @@ def plainly(critic: Critic, encoded: Encoded) -> Tensor:
 
 
 def test_a_fresh_critic_expects_nothing() -> None:
-    values = Critic(tiny_model()).values(pad(episodes()))
+    values = Critic(tiny_model())(pad(episodes()))
     assert values.shape == pad(episodes()).ids.shape
     assert not values.any()
 
@@ -66,11 +66,11 @@ def test_a_value_is_read_from_the_tokens_before_it_alone(family: str) -> None:
 @torch.no_grad()
 def test_the_first_token_has_no_value_and_later_tokens_change_none_before() -> None:
     critic, ids = critic_of(tiny_model()), list(range(20, 32))
-    before = critic.values(pad([Encoded(ids, [0] * 12, [])]))[0]
+    before = critic(pad([Encoded(ids, [0] * 12, [])]))[0]
     assert before[0] == 0
     assert before[1:].all()
     ids[5] = 99
-    after = critic.values(pad([Encoded(ids, [0] * 12, [])]))[0]
+    after = critic(pad([Encoded(ids, [0] * 12, [])]))[0]
     assert_close(after[:6], before[:6], **CLOSE)
     assert not torch.isclose(after[6:], before[6:], atol=1e-4).any()
 
@@ -85,15 +85,15 @@ def test_neither_padding_nor_company_changes_a_value(family: str) -> None:
             assert_close(one, other, **CLOSE)
     shorter = min(encoded, key=lambda own: len(own.ids))
     batch = pad([shorter, Encoded([1] * 500, [0] * 500, [])])
-    assert_close(critic.values(batch)[0, : len(shorter.ids)], read_values(critic, [shorter])[0], **CLOSE)
-    assert not critic.values(batch)[0, len(shorter.ids) :].any()
+    assert_close(critic(batch)[0, : len(shorter.ids)], read_values(critic, [shorter])[0], **CLOSE)
+    assert not critic(batch)[0, len(shorter.ids) :].any()
 
 
 def test_the_head_learns_from_the_hidden_states_before_each_token() -> None:
     critic, batch = critic_of(tiny_model()).double(), pad(episodes())
     critic.head.float()  # as it is made
     error = torch.randn(batch.ids.shape, generator=torch.Generator().manual_seed(2))
-    (critic.values(batch) * error).sum().backward()
+    (critic(batch) * error).sum().backward()
     hidden = critic.trunk(input_ids=batch.ids).last_hidden_state[:, :-1].float()
     share = (error * batch.sampled)[:, 1:]
     assert critic.head.weight.grad is not None
@@ -108,7 +108,7 @@ def test_nothing_of_a_critic_reaches_the_policy() -> None:
     before, critic = copy.deepcopy(model.state_dict()), critic_of(model)
     assert all(weight.requires_grad for weight in critic.parameters())
     assert not {own.data_ptr() for own in model.parameters()} & {own.data_ptr() for own in critic.parameters()}
-    critic.values(pad(episodes())).square().sum().backward()
+    critic(pad(episodes())).square().sum().backward()
     torch.optim.SGD(critic.parameters(), lr=0.1).step()
     assert all(own.grad is None for own in model.parameters())
     assert all(torch.equal(own, before[name]) for name, own in model.state_dict().items())
@@ -124,7 +124,7 @@ def test_a_critic_fits_what_each_episode_brings() -> None:
     optimizer = torch.optim.AdamW(critic.parameters(), lr=3e-3)
     losses: list[float] = []
     for _ in range(80):
-        values = critic.values(batch)
+        values = critic(batch)
         loss = value_loss(values, wanted, values.detach(), mask=batch.sampled)[batch.sampled].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -136,14 +136,14 @@ def test_a_critic_fits_what_each_episode_brings() -> None:
 
 def test_the_critic_of_a_bfloat16_policy_values_in_float32() -> None:
     critic = Critic(tiny_model().bfloat16())
-    assert critic.values(pad(episodes())).dtype == torch.float32
+    assert critic(pad(episodes())).dtype == torch.float32
     assert {own.dtype for own in critic.parameters()} == {torch.float32}
 
 
 def test_the_head_is_read_in_float32_under_autocast_too() -> None:
     critic, batch = critic_of(tiny_model()), pad(episodes())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        values = critic.values(batch)
+        values = critic(batch)
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())
 

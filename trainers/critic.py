@@ -39,7 +39,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.eval()
 
-    def values(self, batch: TokenBatch) -> Tensor:
+    def forward(self, batch: TokenBatch) -> Tensor:
         """(B, T) the return expected from before each token that the policy wrote; 0 at all others. Differentiable.
 
         It is read behind the token before, so it knows all that the policy knew when it chose the token, and not
@@ -54,9 +54,9 @@ class Critic(nn.Module):
 
 
 def read_values(critic: Critic, encoded: Sequence[Encoded], *, batch_size: int = 64) -> list[Tensor]:
-    """(T,) `Critic.values` of each episode, without a gradient, in evaluation mode, `batch_size` episodes at a time."""
+    """(T,) what the critic says of each episode, without a gradient, in evaluation mode, `batch_size` episodes at a time."""
     with packing(critic.trunk):
-        return read_tokens(critic, critic.values, encoded, batch_size=batch_size)
+        return read_tokens(critic, critic, encoded, batch_size=batch_size)
 
 
 def value_loss(

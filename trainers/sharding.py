@@ -74,8 +74,16 @@ def like(divided: Tensor, tensor: Tensor) -> Tensor:
 
 
 def whole_state(model: Any) -> dict[str, Tensor]:
-    """The model's weights, put together on the CPU where they are divided: all ranks must ask."""
-    return {name: whole(own.detach()).cpu() for name, own in model.state_dict().items()}
+    """The model's weights, put together on the CPU where they are divided: all ranks must ask. Tied ones stay one."""
+    found: dict[tuple[int, torch.Size], Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, own in model.state_dict().items():
+        here = own.to_local() if isinstance(own, DTensor) else own
+        place = here.data_ptr(), own.shape
+        if place not in found:
+            found[place] = whole(own.detach()).cpu()
+        state[name] = found[place]
+    return state
 
 
 def load_whole_state(model: Any, tensors: Mapping[str, Tensor]) -> None:

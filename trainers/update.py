@@ -98,7 +98,7 @@ class Update:
                 logprobs, entropies = token_entropies(model, batch, self.temperature, wanted=mask)
             else:
                 logprobs = token_logprobs(model, batch, self.temperature, wanted=mask)
-            values = self.learner.critic.values(batch) if self.learner.critic is not None else None
+            values = self.learner.critic(batch) if self.learner.critic is not None else None
         read = [logprobs] + [own for own in (entropies, values) if own is not None]
         try:
             return self._terms_of(logprobs, entropies, values, columns, mask)

@@ -84,6 +84,7 @@ def train(
     from agentgym_ig.trainers.loop import train as run_training
 
     device = ranks.join(device)
+    console.quiet = not ranks.first()
     tiny = suite == "tinywiki"
     if tiny:
         prepare_for_small_models()

@@ -118,6 +118,7 @@ class TransformersPolicy:
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([closed]),
+                synced_gpus=False,  # each rank plays its own episodes, on weights that it has whole
             )
         rows = out[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, 1).tolist()
