@@ -89,6 +89,8 @@ class Update:
             values = self.learner.critic.values(batch) if self.learner.critic is not None else None
         old, advantages = columns["old"], columns["advantages"]
         terms = {"policy_loss": recipe.loss(logprobs, old, advantages, mask=mask)}
+        if "importance" in columns:
+            terms["policy_loss"] = terms["policy_loss"] * columns["importance"]
         if recipe.kl:
             terms["kl_loss"] = recipe.kl * kl_loss(logprobs, columns["reference"], recipe.kl_estimator, mask=mask)
         if entropies is not None:
