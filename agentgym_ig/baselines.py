@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from agentgym_ig.answers import normalise_squad
 from agentgym_ig.grammar import Answer, Search
-from agentgym_ig.policies import Policy, QuestionPolicy
+from agentgym_ig.policies import Policy, QuestionPolicy, session_of
 from agentgym_ig.text import neutralise
 from agentgym_ig.types import Action, Conversation, Question
 
@@ -67,6 +68,10 @@ class SearchFirst:
 
     def __init__(self, policy: Policy, prompts: Mapping[str, Question]) -> None:
         self.policy, self.first = policy, retrieve_once(prompts)
+
+    def session(self) -> AbstractContextManager[None]:
+        """The policy's own."""
+        return session_of(self.policy)
 
     def __call__(self, conversations: Sequence[Conversation], /) -> list[Action | None]:
         """The search for conversations that begin, the policy's own action for all others."""

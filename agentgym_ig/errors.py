@@ -41,11 +41,15 @@ class SearchRefused(SearchFailed):
     """The server will not answer this request, now or later: it is wrong, too large, or not allowed."""
 
 
+class EngineFailed(AgentGymError):
+    """A generation engine that died in the middle of a call; it can be started again, and nothing was played."""
+
+
 class ServerFailed(AgentGymError):
     """A request that a model's server did not fulfil; the message names the address and what came back."""
 
 
-class ServerUnavailable(ServerFailed):
+class ServerUnavailable(ServerFailed, EngineFailed):
     """A server that cannot be reached, takes too long, or keeps answering that it cannot do it just now.
 
     pause: seconds that the server asked to be left alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,12 @@ class Policy(Protocol):
     def __call__(self, conversations: Sequence[Conversation], /) -> Sequence[str] | Sequence[Action | None]:
         """One action, or None, for each conversation, in order."""
         ...
+
+
+def session_of(policy: Policy) -> AbstractContextManager[None]:
+    """A block to play one rollout in: a policy that keeps something from turn to turn has `session()` for it."""
+    session: Callable[[], AbstractContextManager[None]] = getattr(policy, "session", nullcontext)
+    return session()
 
 
 def _written(act: str | Search | Answer, grammar: str) -> str:

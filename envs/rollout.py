@@ -17,7 +17,7 @@ from agentgym_ig.envs.episode import Episode
 from agentgym_ig.envs.search import SearchVectorEnv, VectorStep, check_known
 from agentgym_ig.envs.wrappers import VectorChannelWrapper, channels_of, read_channel
 from agentgym_ig.errors import CorpusError
-from agentgym_ig.policies import Policy
+from agentgym_ig.policies import Policy, session_of
 from agentgym_ig.records import EpisodeLog
 from agentgym_ig.types import Action, Question, Trajectory, Turn
 
@@ -52,6 +52,7 @@ def rollout(
     out: Path | None = None,
     lanes: int = 1,
     progress: bool | Callable[[int], None] = False,
+    ended: dict[int, Trajectory] | None = None,
 ) -> list[Trajectory]:
     """Play an episode of each question to its end and return the records in the same order.
 
@@ -69,12 +70,14 @@ def rollout(
         lanes: into how many parts the places are cut; while one searches, the policy acts in another. Two are
             enough to hide a slow index.
         progress: True for a progress bar, or a function that is called with the number of episodes done.
+        ended: place among the questions → episode. Those in it are not played again, and every other is added as it
+            ends: what is left of a rollout whose policy has failed.
 
     Raises ValueError when the policy gives another number of actions than it was given conversations or cannot even
     begin, and CorpusError when `out` holds episodes that are not among those asked for.
     """
-    if lanes < 1:
-        raise ValueError(f"lanes={lanes} must be 1 or more")
+    if lanes < 1 or (out is not None and ended is not None):
+        raise ValueError(f"lanes={lanes} must be 1 or more, and of out and ended one can be given")
     starts = [_start(own, number, seed) for number, own in enumerate(questions)]
     for start in starts:
         check_known(_base(env).questions, start.question)
@@ -83,7 +86,9 @@ def rollout(
         if log:
             stack.callback(log.close)
         pool = stack.enter_context(ThreadPoolExecutor(lanes)) if lanes > 1 else None
-        game = _Rollout(env, policy, starts, _done(log, starts, _base(env)), log)
+        stack.enter_context(session_of(policy))
+        done = _done(log, starts, _base(env)) if ended is None else ended
+        game = _Rollout(env, policy, starts, done, log)
         report = stack.enter_context(_bar(len(starts))) if progress is True else progress or (lambda done: None)
         game.play([list(range(lane, env.num_envs, lanes)) for lane in range(lanes)], pool, report)
     return [game.done[number] for number in range(len(starts))]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agentgym_ig.belief import combine_aliases, with_belief
-from agentgym_ig.envs.rollout import Start, VectorSearch, rollout
+from agentgym_ig.envs.rollout import Start, VectorSearch
 from agentgym_ig.envs.wrappers import layers
 from agentgym_ig.lm.encode import OBSERVED, Encoded
 from agentgym_ig.records import from_json, to_json
@@ -22,6 +22,7 @@ from agentgym_ig.trainers import ranks, sharding
 from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.critic import read_values
 from agentgym_ig.trainers.dapo import groups_with_signal, overlong_penalty, varied_groups
+from agentgym_ig.trainers.engines import disagreement, engine_logprobs, play
 from agentgym_ig.trainers.experience import Batch, Experience, experience
 from agentgym_ig.trainers.learner import Learner, precision
 from agentgym_ig.trainers.recipes import Recipe
@@ -89,22 +90,26 @@ def collect(run: Run, learner: Learner, step: int) -> Collected:
     """
     rounds: list[Batch] = []
     seconds: dict[str, float] = {}
-    played = kept = groups = sampled = 0
+    played = kept = groups = sampled = restarts = 0
     wanted, dynamic = run.config.questions_per_step, run.recipe.sampling_rounds > 1
     while groups < wanted and sampled < run.recipe.sampling_rounds:
         with precision(run.config, run.policy.model.device), timed(seconds, "rollout_s"):
             starts = draw_starts(sorted(run.env.questions), run.config, step, sampled)
-            episodes = _play(run, starts)
+            episodes, again = _play(run, starts)
         with precision(run.config, run.policy.model.device), timed(seconds, "score_s"):
             batch = read(run, [own for own in episodes if own.turns and not own.stop.failed], step)
-        sampled, played = sampled + 1, played + len(episodes)
+        sampled, played, restarts = sampled + 1, played + len(episodes), restarts + again
         if batch is not None:
             kept += len(batch.episodes)
             batch = with_signal(batch, run.recipe) if dynamic else batch
         if batch is not None:
             rounds.append(batch)
             groups += len(batch.group.unique())
-    figures: dict[str, float] = {"episodes_played": played, "episodes_failed": played - kept}
+    figures: dict[str, float] = {
+        "episodes_played": played,
+        "episodes_failed": played - kept,
+        "engine_restarts": restarts,
+    }
     if dynamic:
         figures |= {"sampling_rounds": sampled, "groups_with_signal": groups}
     batch = _first_groups(rounds, wanted)
@@ -113,18 +118,26 @@ def collect(run: Run, learner: Learner, step: int) -> Collected:
     with timed(seconds, "score_s"):
         with precision(run.config, run.policy.model.device):
             batch = beside(batch, learner, run.config)
-        learned = experience(batch, run.recipe.estimator(batch))
+        learned = experience(batch, run.recipe.estimator(batch), importance_cap=run.config.importance_cap)
+    figures |= disagreement(batch.old, batch.engine)
     return Collected(batch, learned, figures | {"episodes": len(batch.episodes)} | seconds)
 
 
-def _play(run: Run, starts: Sequence[Start]) -> list[Trajectory]:
-    """All of the episodes on every rank, each of which plays its own groups."""
+def _play(run: Run, starts: Sequence[Start]) -> tuple[list[Trajectory], int]:
+    """All of the episodes on every rank, each of which plays its own groups; and how often an engine was restarted."""
+    engine = run.engine or run.policy
     if ranks.count() == 1:
-        return rollout(run.env, run.policy, starts)
+        return play(run.env, engine, starts)
     with sharding.gathered(run.policy.model):
-        played = rollout(run.env, run.policy, [own for own in starts if own.group % ranks.count() == ranks.own()])
-    every = [iter(map(from_json, own)) for own in ranks.gather([to_json(own) for own in played])]
-    return [next(every[own.group % ranks.count()]) for own in starts]
+        own, restarts = play(run.env, engine, [start for start in starts if _player(start) == ranks.own()])
+    told = ranks.gather([[to_json(episode) for episode in own], restarts])
+    episodes = [iter(map(from_json, rows)) for rows, _ in told]
+    return [next(episodes[_player(start)]) for start in starts], sum(number for _, number in told)
+
+
+def _player(start: Start) -> int:
+    """The rank that plays it."""
+    return start.group % ranks.count()
 
 
 def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
@@ -163,7 +176,8 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
         return None
     weights = reward_weights(run.env, run.recipe)
     played, tokens, logprobs = (list(column) for column in zip(*kept, strict=True))
-    return Batch(played, weights, step / config.steps, tokens, logprobs)
+    engine = [engine_logprobs(*own) for own in zip(played, tokens, strict=True)]
+    return Batch(played, weights, step / config.steps, tokens, logprobs, engine=engine)
 
 
 def _with_overlong(run: Run, episodes: Sequence[Trajectory], encoded: Sequence[Encoded]) -> list[Trajectory]:

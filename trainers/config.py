@@ -43,6 +43,9 @@ class TrainConfig:
     """Forward passes in bfloat16; weights and optimiser keep their type, which should be float32."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time in the update."""
+    importance_cap: float = 0.0
+    """Above 0: each token's policy loss is multiplied by how much likelier the trainer finds it than the engine that
+    sampled it, at most this much (truncated importance sampling; 2 is usual). 0 for no correction."""
     max_skipped_updates: int = 10
     """Updates of a run that may be skipped because something in them was not finite; one more ends it."""
     evaluate_every: int = 10
@@ -67,9 +70,15 @@ class TrainConfig:
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite")
+        _check_cap(self.importance_cap)
         for name, allowed in {"schedule": SCHEDULES, "aliases": ALIAS_POLICIES}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         episodes = self.questions_per_step * self.group_size
         if episodes < self.updates_per_step:
             raise ValueError(f"{episodes} episodes cannot be cut into updates_per_step={self.updates_per_step}")
+
+
+def _check_cap(importance_cap: float) -> None:
+    if importance_cap and not 1 <= importance_cap < float("inf"):
+        raise ValueError(f"importance_cap={importance_cap} must be 0 for none, or 1 or more and finite")

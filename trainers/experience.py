@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from agentgym_ig.answers import score
 from agentgym_ig.lm.encode import Encoded
 from agentgym_ig.trainers.batch import TokenBatch, pad
+from agentgym_ig.trainers.engines import importance_weights
 from agentgym_ig.types import Trajectory, Turn
 
 
@@ -24,7 +25,8 @@ class Batch:
     progress: share of the training that is done, from 0 to 1.
     encoded: the episodes' tokens. old: the (T,) log-probabilities of the policy's tokens as they were sampled;
     reference: those under the reference model; values: what the critic expected before each token. The last two are
-    empty where the recipe asks for none.
+    empty where the recipe asks for none. engine: the log-probabilities that the engine gave as it sampled, nan where it
+    gave none.
 
     Raises ValueError for no episode at all and for one without a turn.
     """
@@ -36,6 +38,7 @@ class Batch:
     old: Sequence[Tensor] = ()
     reference: Sequence[Tensor] = ()
     values: Sequence[Tensor] = ()
+    engine: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         if not self.episodes:
@@ -111,7 +114,7 @@ class Batch:
         return pad_sequence([row.cpu().double() for row in rows], batch_first=True)
 
 
-_PER_EPISODE = ("episodes", "encoded", "old", "reference", "values")
+_PER_EPISODE = ("episodes", "encoded", "old", "reference", "values", "engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,8 @@ class TokenAdvantages:
 @dataclass(frozen=True, slots=True)
 class Experience:
     """What an update learns from: encoded episodes, and per episode a (T,) float32 tensor for each column: `old`,
-    `advantages`, and where they are used `reference`, `values` and `returns`. Only what stands at the policy's tokens
-    is read.
+    `advantages`, and where they are used `reference`, `values`, `returns` and `importance`. Only what stands at the
+    policy's tokens is read.
     """
 
     encoded: Sequence[Encoded]
@@ -171,8 +174,10 @@ class Experience:
         return Experience([Encoded(*own) for own in zip(*rows, strict=True)], columns)
 
 
-def experience(batch: Batch, advantages: Tensor | TokenAdvantages) -> Experience:
+def experience(batch: Batch, advantages: Tensor | TokenAdvantages, *, importance_cap: float = 0.0) -> Experience:
     """A batch with its advantages, (B, K) per turn or per token, ready to be learned from.
+
+    With a cap above 0 its tokens have truncated importance weights, see `engines.importance_weights`.
 
     Raises ValueError for advantages of another shape, or that are not finite at a token of the policy, and where a
     critic has nothing to learn.
@@ -186,6 +191,9 @@ def experience(batch: Batch, advantages: Tensor | TokenAdvantages) -> Experience
         columns["reference"] = batch.reference
     if given.returns is not None:
         columns |= {"values": batch.values, "returns": _unpad(given.returns, tokens)}
+    if importance_cap:
+        rows = zip(batch.old, batch.engine, batch.encoded, strict=True)
+        columns["importance"] = [importance_weights(*row, importance_cap) for row in rows]
     return Experience(batch.encoded, {name: [row.float().cpu() for row in own] for name, own in columns.items()})
 
 

@@ -13,7 +13,8 @@ from agentgym_ig.answers import score
 from agentgym_ig.envs.rollout import VectorSearch
 from agentgym_ig.envs.wrappers import channels_of, layers
 from agentgym_ig.guide import verdict
-from agentgym_ig.lm.policy import TransformersPolicy
+from agentgym_ig.lm.policy import LocalPolicy
+from agentgym_ig.policies import Policy
 from agentgym_ig.trainers import ranks
 from agentgym_ig.trainers.adapters import is_adapted
 from agentgym_ig.trainers.alarms import alarms
@@ -34,15 +35,20 @@ from agentgym_ig.types import Stop
 
 @dataclass(frozen=True)
 class Run:
-    """All parts of a training run. `evaluate` returns figures to log, given the policy; `log_with` names trackers."""
+    """All parts of a training run. `evaluate` returns figures to log, given the policy; `log_with` names trackers.
 
-    policy: TransformersPolicy
+    The policy holds the model that is trained, and plays. An `engine` plays in its place: a server with the same
+    weights, which are the caller's to keep the same from step to step.
+    """
+
+    policy: LocalPolicy
     env: VectorSearch
     recipe: Recipe
     config: TrainConfig
     out: Path
-    evaluate: Callable[[TransformersPolicy], dict[str, Any]] | None = None
+    evaluate: Callable[[LocalPolicy], dict[str, Any]] | None = None
     log_with: tuple[str, ...] = ()
+    engine: Policy | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,6 +80,14 @@ def _check_answers(run: Run) -> None:
                 run.policy.encoder.branch(answer, run.env.rules.texts)
             except ValueError as error:
                 raise ValueError(f"question {question.id!r}: {error}") from error
+
+
+def _check_engine(run: Run) -> None:
+    """Raise ValueError for an engine that samples otherwise than the policy is trained to."""
+    for name in ("temperature", "max_new_tokens"):
+        own, wanted = getattr(run.engine, name, None), getattr(run.policy, name)
+        if own not in (None, wanted):
+            raise ValueError(f"the engine has {name}={own}, and the policy {name}={wanted}; they must be the same")
 
 
 def _digest(value: object) -> str:
@@ -150,6 +164,7 @@ def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
     """
     if run.policy.temperature <= 0:
         raise ValueError(f"temperature={run.policy.temperature} samples no alternatives to learn from; use one above 0")
+    _check_engine(run)
     needs = run.recipe.needs
     if "self_guide" in needs and "self_guide" not in {channel.name for channel in channels_of(run.env)}:
         raise ValueError("this recipe reads the channel self_guide; train on add_channel(env, SelfGuide())")

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from agentgym_ig.belief import with_belief
 from agentgym_ig.lm.alone import reading
 from agentgym_ig.lm.encode import OBSERVED, Branch, ConversationEncoder, Encoded
+from agentgym_ig.lm.kept import odd_positions
 from agentgym_ig.prompts import Prompt
 from agentgym_ig.trainers.batch import PackedBatch, Stem, TokenBatch, pack, pad
 from agentgym_ig.trainers.packing import inputs_of, packing
@@ -110,15 +111,8 @@ def _tree_masks(model: Model, batch: PackedBatch, width: int) -> Any:
 
 
 def _check_positions(config: Any) -> None:
-    """Raise ValueError for positions that depend on more than where a token stands: no cache or tree can have them."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = {own.get("rope_type") for own in (rope, *rope.values()) if isinstance(own, dict)}
-    other = [f"RoPE of type {kind}" for kind in ("dynamic", "longrope") if kind in kinds]
-    if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
-        other.append("ALiBi")
-    if hasattr(config, "attention_types"):
-        other.append("local attention without layer_types")
-    if other:
+    """Raise ValueError for positions that no cache or tree can have."""
+    if other := odd_positions(config):
         raise ValueError(f"a model with {' and '.join(other)} cannot be scored; take one with plain rotary positions")
 
 

@@ -117,6 +117,8 @@ class Update:
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         recipe, old, advantages = self.recipe, columns["old"], columns["advantages"]
         terms = {"policy_loss": recipe.loss(logprobs, old, advantages, mask=mask)}
+        if "importance" in columns:
+            terms["policy_loss"] = terms["policy_loss"] * columns["importance"]
         if recipe.kl:
             terms["kl_loss"] = recipe.kl * kl_loss(logprobs, columns["reference"], recipe.kl_estimator, mask=mask)
         if entropies is not None:

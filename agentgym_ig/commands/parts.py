@@ -39,7 +39,7 @@ Device = Annotated[str | None, typer.Option(help="Where a dense index computes; 
 Cache = Annotated[Path | None, typer.Option(help="Keep results in this file, for later runs too.")]
 
 if TYPE_CHECKING:
-    from agentgym_ig.lm.policy import TransformersPolicy
+    from agentgym_ig.lm.policy import LocalPolicy
     from agentgym_ig.trainers.config import TrainConfig
     from agentgym_ig.trainers.recipes import Recipe
 
@@ -186,7 +186,7 @@ SMALL = 20_000_000
 """Parameters up to which a model is taken for one like the shipped policy."""
 
 
-def check_fits_suite(policy: TransformersPolicy, suite: str, recipe: Recipe, learning_rate: float | None) -> None:
+def check_fits_suite(policy: LocalPolicy, suite: str, recipe: Recipe, learning_rate: float | None) -> None:
     """Raise ValueError where TinyWiki's settings would train another model badly, or a recipe would have no effect."""
     if suite != "tinywiki":
         return
@@ -212,6 +212,32 @@ def open_trainable(name: str, device: str, lora_rank: int | None, *, seed: int) 
     if lora_rank is not None:
         model = with_lora(model, rank=lora_rank, alpha=2 * lora_rank, seed=seed)
     return model, tokenizer
+
+
+def open_engine(
+    name: str, model: Any, tokenizer: Any, *, temperature: float, max_new_tokens: int, batch_size: int
+) -> LocalPolicy:
+    """A model's policy over one of the engines that generate with the very weights in training.
+
+    `batch_size` is of `transformers`; the other makes its batches itself. Raises ValueError for any other.
+    """
+    from agentgym_ig.lm.policy import TransformersPolicy
+
+    if name == "transformers":
+        return TransformersPolicy(
+            model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+    if name == "continuous":
+        from agentgym_ig.lm.continuous import ContinuousPolicy
+
+        return ContinuousPolicy(model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens)
+    if name == "server":
+        raise ValueError(
+            "a server would go on with the weights it was started with while training changes them; take --engine"
+            " transformers or continuous. One whose weights you keep the same yourself goes in Run(engine=...),"
+            " see docs/engines.md; to evaluate with a server: agentgym-ig eval --server URL"
+        )
+    raise ValueError(f"unknown engine {name!r}; choose transformers or continuous")
 
 
 SCRIPTED = ("oracle", "closed-book", "retrieve-once", "multi-hop", "random")

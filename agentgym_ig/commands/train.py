@@ -55,6 +55,12 @@ def train(
     bf16: Bf16Option = False,
     gradient_checkpointing: CheckpointingOption = False,
     micro_batch: Annotated[int | None, typer.Option(help="Episodes per pass: lower it if memory runs out.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="What generates: transformers, or continuous (its paged batching, for a GPU).")
+    ] = "transformers",
+    importance_cap: Annotated[
+        float | None, typer.Option(help="Correct for an engine that differs from the trainer, by at most this factor.")
+    ] = None,
     rollout_batch: Annotated[int, typer.Option(help="Episodes sampled at once: lower it if memory runs out.")] = 128,
     max_skipped_updates: Annotated[int | None, typer.Option(help="Updates not finite that are let pass.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens per action: 16 for tinywiki, else 256.")] = None,
@@ -73,12 +79,12 @@ def train(
     given = dict(locals())
     from agentgym_ig.commands.parts import (
         check_fits_suite,
+        open_engine,
         open_recipe,
         open_trainable,
         open_training,
         prepare_for_small_models,
     )
-    from agentgym_ig.lm.policy import TransformersPolicy
     from agentgym_ig.trainers import ranks
     from agentgym_ig.trainers.loop import Run
     from agentgym_ig.trainers.loop import train as run_training
@@ -92,7 +98,8 @@ def train(
     config, env = open_training(
         suite, questions, index, rules_set_by_user(top_k, max_turns, prompt), given, recipe=chosen, seed=seed
     )
-    policy = TransformersPolicy(
+    policy = open_engine(
+        engine,
         *open_trainable(model, device, lora_rank, seed=seed),
         temperature=temperature,
         max_new_tokens=max_new_tokens or (16 if tiny else 256),

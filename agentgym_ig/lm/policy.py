@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentgym_ig.grammar import GRAMMARS
-from agentgym_ig.lm.alone import reading
-from agentgym_ig.lm.encode import ConversationEncoder, Tokenizer
+from agentgym_ig.lm.alone import alone_with, reading
+from agentgym_ig.lm.decoding import Decoding
+from agentgym_ig.lm.encode import OBSERVED, ConversationEncoder, Encoded, Tokenizer
+from agentgym_ig.lm.kept import Kept, key_of, reasons_against
+from agentgym_ig.lm.sampling import choose
 from agentgym_ig.types import Action, Conversation
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Tokenizer]:
@@ -47,35 +46,19 @@ def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "auto") -
     return model.to(device).eval(), tokenizer
 
 
-class TransformersPolicy:
-    """Samples actions from a transformers causal language model.
+class LocalPolicy(ABC):
+    """What the policies of a local model have in common: encoding, limits, and where an action ends.
 
-    Random draws come from each conversation's own seed and turn, one per token, so neither the batch nor its
-    order changes what an episode says.
-
-    Args:
-        model, tokenizer: as `load_model` gives them.
-        temperature: of the sampling distribution; 0 takes the most probable token.
-        max_new_tokens: per action; one that has not ended by then is cut and counts as malformed.
-        batch_size: conversations per call of the model.
+    One that extends it says how tokens are sampled (`sample`).
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Tokenizer,
-        *,
-        temperature: float = 1.0,
-        max_new_tokens: int = 512,
-        batch_size: int = 128,
-    ) -> None:
-        if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
+    def __init__(self, model: Any, tokenizer: Tokenizer, *, temperature: float, max_new_tokens: int) -> None:
+        if temperature < 0 or max_new_tokens < 1:
             raise ValueError(
-                f"temperature={temperature} must be at least 0, max_new_tokens={max_new_tokens} and"
-                f" batch_size={batch_size} at least 1"
+                f"temperature={temperature} must be at least 0, and max_new_tokens={max_new_tokens} at least 1"
             )
         self.model, self.encoder = model, ConversationEncoder(tokenizer)
-        self.temperature, self.max_new_tokens, self.batch_size = temperature, max_new_tokens, batch_size
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._longest_context = math.inf if longest is None else longest - max_new_tokens
         self._closing = _closing_tokens(tokenizer, len(tokenizer))
@@ -86,108 +69,155 @@ class TransformersPolicy:
 
     def __call__(self, conversations: Sequence[Conversation], /) -> list[Action | None]:
         """One action for each conversation, in order; None for one that no longer fits the model."""
-        contexts = [self.encoder.encode(conversation).ids for conversation in conversations]
+        contexts = [self.encoder.encode(conversation) for conversation in conversations]
         actions: list[Action | None] = [None] * len(conversations)
-        fitting = [place for place, context in enumerate(contexts) if len(context) <= self._longest_context]
-        for start in range(0, len(fitting), self.batch_size):
-            some = fitting[start : start + self.batch_size]
-            sampled = self._sample([conversations[place] for place in some], [contexts[place] for place in some])
-            for place, action in zip(some, sampled, strict=True):
-                actions[place] = action
+        fitting = [place for place, context in enumerate(contexts) if len(context.ids) <= self._longest_context]
+        fitting.sort(key=lambda place: len(contexts[place].ids))  # little padding
+        with reading(self.model):
+            sampled = self._sample([conversations[place] for place in fitting], [contexts[place] for place in fitting])
+        for place, own in zip(fitting, sampled, strict=True):
+            actions[place] = self._action(own)
         return actions
 
-    @torch.no_grad()
-    def _sample(self, conversations: Sequence[Conversation], contexts: Sequence[list[int]]) -> list[Action]:
-        width = max(map(len, contexts))
-        device = self.model.device
-        ids = torch.tensor([[self._pad] * (width - len(own)) + own for own in contexts], device=device)
-        real = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in contexts], device=device)
-        sampler = _Sampler(conversations, self.temperature, self.max_new_tokens)
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            pad_token_id=self._pad,
-            eos_token_id=sorted(self._ends) or None,
+    @abstractmethod
+    def _sample(self, conversations: Sequence[Conversation], contexts: Sequence[Encoded]) -> list[Sampled]:
+        """The tokens of an action for each conversation, up to and with the one that ends it."""
+
+    def _ended(self, written: list[int], stops: tuple[str, ...]) -> bool:
+        """Whether the last token ends the action."""
+        return written[-1] in self._ends or (
+            written[-1] in self._closing and _closes(self.encoder.tokenizer, written, stops)
         )
-        stops = [GRAMMARS[conversation.grammar].stop_strings for conversation in conversations]
-        closed = _Closed(self.encoder.tokenizer, self._closing, stops, width)
-        with reading(self.model), _without_own_defaults(self.model):
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=real,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([closed]),
-                synced_gpus=False,  # each rank plays its own episodes, on weights that it has whole
-            )
-        rows = out[:, width:].tolist()
-        logprobs = torch.stack(sampler.logprobs, 1).tolist()
-        return [self._action(*row) for row in zip(rows, logprobs, stops, strict=True)]
 
-    def _action(self, row: list[int], logprobs: list[float], stops: tuple[str, ...]) -> Action:
-        tokenizer, length = self.encoder.tokenizer, len(row)
-        for place, token in enumerate(row):
-            if token in self._ends or (token in self._closing and _closes(tokenizer, row[: place + 1], stops)):
-                length = place + 1
-                break
+    def _action(self, sampled: Sampled) -> Action:
+        ids = sampled.ids
         # The end is no text, though some tokenizers do not call it special.
-        written = row[: length - 1] if row[length - 1] in self._ends else row[:length]
-        text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Action(text, tuple(row[:length]), tuple(logprobs[:length]))
+        written = ids[:-1] if ids[-1] in self._ends else ids
+        text = self.encoder.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Action(text, tuple(ids), tuple(sampled.logprobs))
 
 
-@contextmanager
-def _without_own_defaults(model: Any) -> Iterator[None]:
-    """Keep the model's own generation settings out: a repetition penalty, as Qwen2.5 has one, would be sampled with but
-    not be known to the training pass.
+@dataclass(slots=True)
+class Sampled:
+    """An action's tokens and their log-probabilities, in nats."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class TransformersPolicy(LocalPolicy):
+    """Samples actions from a transformers causal language model.
+
+    Random draws come from each conversation's own seed and turn, one per token, so neither the batch nor its
+    order changes what an episode says. The model's own generation settings, such as Qwen2.5's repetition penalty, are
+    not used: the training pass would not know of them.
+
+    Args:
+        model, tokenizer: as `load_model` gives them.
+        temperature: of the sampling distribution; 0 takes the most probable token.
+        max_new_tokens: per action; one that has not ended by then is cut and counts as malformed.
+        batch_size: conversations per call of the model.
+        max_cached_tokens: tokens whose keys and values are kept from turn to turn in a `session`; 0 for none. One
+            takes two vectors per layer and key-value head: 24 KB in Qwen2.5-0.5B in float32, 56 KB in Qwen2.5-7B in
+            bfloat16. Fewer than all unfinished conversations have make it slower, and change nothing.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-class _Sampler(LogitsProcessor):
-    """Chooses each row's token from that row's own random numbers, and keeps its log-probability."""
-
-    def __init__(self, conversations: Sequence[Conversation], temperature: float, max_new_tokens: int) -> None:
-        draws = [np.random.default_rng((own.seed, own.turn)).random(max_new_tokens) for own in conversations]
-        self.draws, self.temperature = np.stack(draws), temperature
-        self.logprobs: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores under which only the chosen token can be taken."""
-        logprobs = torch.log_softmax(scores.float() / (self.temperature or 1.0), -1)
-        if self.temperature:
-            draw = torch.tensor(self.draws[:, len(self.logprobs), None], device=scores.device)
-            below = logprobs.double().exp().cumsum(-1)
-            chosen = torch.searchsorted(below, draw * below[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
-        else:
-            chosen = logprobs.argmax(-1, keepdim=True)
-        self.logprobs.append(logprobs.gather(-1, chosen)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
-
-
-class _Closed(StoppingCriteria):
-    """Stops each row when it has written a stop string."""
 
     def __init__(
-        self, tokenizer: Tokenizer, closing: frozenset[int], stops: Sequence[tuple[str, ...]], prompt_width: int
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        *,
+        temperature: float = 1.0,
+        max_new_tokens: int = 512,
+        batch_size: int = 128,
+        max_cached_tokens: int = 131_072,
     ) -> None:
-        self.tokenizer, self.closing, self.stops, self.width = tokenizer, closing, stops, prompt_width
-        self.done: Tensor | None = None
+        super().__init__(model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens)
+        if batch_size < 1 or max_cached_tokens < 0:
+            raise ValueError(
+                f"batch_size={batch_size} must be 1 or more, max_cached_tokens={max_cached_tokens} 0 or more"
+            )
+        self.batch_size, self.max_cached_tokens = batch_size, max_cached_tokens
+        self._against = reasons_against(model.config.get_text_config())
+        self._kept: Kept | None = None
+        self._sessions = 0
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """(B,) whether each row is done."""
-        if self.done is None:
-            self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        last = input_ids[:, -1].tolist()
-        for row in (row for row, token in enumerate(last) if token in self.closing):
-            if _closes(self.tokenizer, input_ids[row, self.width :].tolist(), self.stops[row]):
-                self.done[row] = True
-        return self.done
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Within it a conversation that has become longer is read from where it was longer, not from its beginning.
+
+        `rollout` opens one. Nothing is kept beyond its end, nor when the model's weights change within.
+        """
+        with alone_with(self.model):
+            if self.max_cached_tokens and not self._sessions:
+                if self._against:
+                    logger.warning("every turn is read from its beginning: the model has %s", ", ".join(self._against))
+                else:
+                    self._kept = Kept(self.model, self.max_cached_tokens)
+            self._sessions += 1
+        try:
+            yield
+        finally:
+            with alone_with(self.model):
+                self._sessions -= 1
+                if not self._sessions and self._kept is not None:
+                    self._kept.close()
+                    self._kept = None
+
+    def _sample(self, conversations: Sequence[Conversation], contexts: Sequence[Encoded]) -> list[Sampled]:
+        if self._kept is not None:
+            self._kept.begin(map(_key_before, contexts))
+        sampled: list[Sampled] = []
+        for start in range(0, len(contexts), self.batch_size):
+            some = slice(start, start + self.batch_size)
+            sampled += self._sample_batch(conversations[some], contexts[some])
+        return sampled
+
+    @torch.no_grad()
+    def _sample_batch(self, conversations: Sequence[Conversation], contexts: Sequence[Encoded]) -> list[Sampled]:
+        known = [self._kept.take(_key_before(own)) if self._kept else None for own in contexts]
+        batch = Decoding(self.model, [own.ids for own in contexts], known, pad=self._pad, reusable=not self._against)
+        del known  # so that the batch can let go of them
+        stops = [GRAMMARS[own.grammar].stop_strings for own in conversations]
+        random = [np.random.default_rng((own.seed, own.turn)).random(self.max_new_tokens) for own in conversations]
+        draws = torch.tensor(np.stack(random), device=self.model.device)
+        sampled = [Sampled() for _ in contexts]
+        unfinished = set(range(len(contexts)))
+        rows = list(unfinished)  # of the batch
+        logits = batch.read()
+        for number in range(self.max_new_tokens):
+            tokens, values = choose(logits, self.temperature, draws[:, number])
+            for place, token, value in zip(rows, tokens.tolist(), values.tolist(), strict=True):
+                if place in unfinished:
+                    sampled[place].ids.append(token)
+                    sampled[place].logprobs.append(value)
+                    if self._ended(sampled[place].ids, stops[place]):
+                        unfinished.remove(place)
+            if not unfinished or number + 1 == self.max_new_tokens:
+                break
+            if batch.reusable and 2 * len(unfinished) <= len(rows):
+                self._keep(batch, {row: sampled[own] for row, own in enumerate(rows) if own not in unfinished})
+                going = [row for row, own in enumerate(rows) if own in unfinished]
+                batch.select(going)
+                rows, tokens, draws = [rows[row] for row in going], tokens[going], draws[going]
+            logits = batch.go_on(tokens)
+        self._keep(batch, {row: sampled[own] for row, own in enumerate(rows)})
+        return sampled
+
+    def _keep(self, batch: Decoding, ended: dict[int, Sampled]) -> None:
+        """Keep what was read of some rows of the batch, given their actions."""
+        if self._kept is None or not batch.even:
+            return
+        # The last token was sampled, but not read.
+        read = [batch.contexts[row] + own.ids[:-1] for row, own in ended.items()]
+        for ids, states in zip(read, batch.states(list(ended), [len(own) for own in read]), strict=True):
+            self._kept.add(key_of(ids), states)
+
+
+def _key_before(context: Encoded) -> bytes:
+    """The tokens that had been read when the context's last action was complete; none before the first action."""
+    last = max((place for place, turn in enumerate(context.turn) if turn != OBSERVED), default=0)
+    return key_of(context.ids[:last])
 
 
 _TAIL = 16

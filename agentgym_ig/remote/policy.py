@@ -69,6 +69,15 @@ class OpenAIPolicy:
         self.server, self.chat, self.encoder, self.cuts_stops = server, endpoint == "chat", encoder, cuts_stops
         self.temperature, self.max_tokens, self.extra = temperature, max_tokens, dict(extra or {})
 
+    @property
+    def max_new_tokens(self) -> int:
+        """As it is called of the policies of a local model."""
+        return self.max_tokens
+
+    def restart(self) -> None:
+        """Wait until the server answers again. Raises ServerFailed where it does not."""
+        self.server.wait()
+
     def __call__(self, conversations: Sequence[Conversation], /) -> list[Action | None]:
         """One action for each conversation, in order; None where it no longer fits the model."""
         bodies = [self._body(conversation) for conversation in conversations]

@@ -113,6 +113,22 @@ class OpenAIServer:
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise ServerFailed(f"{self.url}/models lists no models ({error!r})") from error
 
+    def wait(self, tries: int = 60) -> None:
+        """Until the server lists its models: with growing pauses of up to 10 seconds, so for some minutes.
+
+        Raises ServerFailed when it never does, or lists others than the model.
+        """
+        retrying = Retrying(
+            stop=stop_after_attempt(tries) | stop_when_event_set(self._closed),
+            sleep=sleep_using_event(self._closed),
+            wait=wait_random_exponential(multiplier=self.pause, max=10.0),
+            retry=retry_if_exception_type(ServerFailed),
+            reraise=True,
+        )
+        names = retrying(self.models)
+        if self.model not in names:
+            raise ServerFailed(f"{self.url} is back, but without {self.model!r}: it offers {', '.join(names)}")
+
     def _outcome(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Choice | ServerFailed:
         fields = {name: value for name, value in {"model": self.model, **body}.items() if value is not None}
         # lone surrogates, that UTF-8 cannot carry, become question marks
