@@ -52,7 +52,7 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     model.eval()
     if config.gradient_checkpointing:
         for own in [model] if critic is None else [model, critic.trunk]:
-            _checkpoint_layers(own)
+            checkpoint_layers(own)
     groups = [{"params": [own for own in model.parameters() if own.requires_grad], "lr": config.learning_rate}]
     if critic is not None:
         groups.append({"params": list(critic.parameters()), "lr": config.critic_learning_rate})
@@ -64,7 +64,8 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     return Learner(model, tokenizer, optimizer, schedule, critic)
 
 
-def _checkpoint_layers(model: Any) -> None:
+def checkpoint_layers(model: Any) -> None:
+    """Have a model keep only what goes into each layer for the backward pass, and make the rest anew; no dropout."""
     without_dropout(model)
     with warnings.catch_warnings():  # transformers 5.23 prefers a name that 5.17 has not
         warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
