@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DATA = {".py", ".typed", ".html", ".js", ".css", ".json", ".jsonl", ".safetensors", ".jinja"}
+DATA = {".py", ".typed", ".html", ".js", ".css", ".json", ".jsonl", ".safetensors", ".jinja", ".yaml"}
 
 
 def tree() -> set[str]:

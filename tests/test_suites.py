@@ -9,6 +9,7 @@ from agentgym_ig.commands.parts import open_training
 from agentgym_ig.envs import SUITES, Rules, Suite, read_suite, suite_datasets
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.miniwiki import miniwiki_questions
+from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.recipes import recipe
 from tests.conftest import Command
 from tests.fakes import QUESTIONS, ListIndex
@@ -60,7 +61,7 @@ def test_training_on_miniwiki_takes_its_training_questions(command: Command, tmp
     arguments = ["train", "--suite", "miniwiki", "--out", tmp_path / "run", "--steps", 1, "--questions-per-step", 1]
     code, printed = command(*arguments, "--group-size", 2, "--max-new-tokens", 4, "--recipe", "grpo", "--kl", 0)
     assert code == 0, printed
-    _, env = open_training("miniwiki", None, None, {}, {}, recipe=recipe("grpo"), seed=0)
+    env = open_training("miniwiki", None, None, {}, TrainConfig(), recipe=recipe("grpo"), seed=0)
     assert {own.dataset for own in env.questions.values()} == {"science", "history", "places"}
     assert set(env.questions) == {
         own.id for area in ("science", "history", "places") for own in miniwiki_questions(area, "train")

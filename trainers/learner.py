@@ -55,7 +55,7 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     model.eval()
     if config.gradient_checkpointing:
         for own in [model] if critic is None else [model, critic.trunk]:
-            _checkpoint_layers(own)
+            checkpoint_layers(own)
     _check_precision([model] if critic is None else [model, critic])
     if sharding.asked():
         for own in [model] if critic is None else [model, critic]:
@@ -70,7 +70,8 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     return Learner(model, tokenizer, optimizer, schedule, critic)
 
 
-def _checkpoint_layers(model: Any) -> None:
+def checkpoint_layers(model: Any) -> None:
+    """Have a model keep only what goes into each layer for the backward pass, and make the rest anew; no dropout."""
     without_dropout(model)
     with warnings.catch_warnings():  # transformers 5.23 prefers a name that 5.17 has not
         warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)

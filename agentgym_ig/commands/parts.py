@@ -21,6 +21,7 @@ from agentgym_ig.envs.miniwiki import miniwiki_suite
 from agentgym_ig.envs.rollout import VectorSearch, prompts_of
 from agentgym_ig.envs.search import SearchVectorEnv
 from agentgym_ig.envs.suites import Domains, Suite, read_suite, suite_datasets
+from agentgym_ig.envs.tinywiki import TINYWIKI_RULES
 from agentgym_ig.envs.wrappers import add_channel
 from agentgym_ig.errors import CorpusError
 from agentgym_ig.indexes.base import StoredIndex
@@ -142,32 +143,48 @@ def open_recipe(name: str, suite: str, *, kl: float | None, entropy: float | Non
     return chosen if entropy is None else replace(chosen, entropy=entropy)
 
 
+def training_config(suite: str, given: Mapping[str, Any], recipe: Recipe, seed: int) -> TrainConfig:
+    """A run's settings. `given` are the user's options: fields of `TrainConfig`, of which those that are None or False
+    keep the suite's own, or the recipe's, and others.
+    """
+    from agentgym_ig.trainers.config import TrainConfig
+    from agentgym_ig.trainers.tinywiki import tiny_config
+
+    tiny = suite == "tinywiki"
+    config = tiny_config(seed, preset=recipe.preset) if tiny else TrainConfig(seed=seed, **recipe.preset)
+    options = {own.name: given.get(own.name) for own in fields(TrainConfig)}
+    return replace(config, **{name: value for name, value in options.items() if not (value is None or value is False)})
+
+
+def training_rules(suite: str, overrides: Mapping[str, Any], recipe: Recipe) -> Rules:
+    """The rules that `open_training` would train under, without opening questions or an index."""
+    if suite == "tinywiki":
+        return replace(TINYWIKI_RULES, **overrides)
+    if suite.endswith((".yaml", ".yml")):
+        return _guided(Rules(**{**read_suite(Path(suite)).rules, **overrides}), recipe)
+    suite_datasets(suite)
+    return _guided(Rules(**overrides), recipe)
+
+
+def _guided(rules: Rules, recipe: Recipe) -> Rules:
+    return replace(rules, prompt=with_guide(rules.texts)) if "self_guide" in recipe.needs else rules
+
+
 def open_training(
     suite: str,
     questions: Path | None,
     index: Sequence[str] | None,
     overrides: Mapping[str, Any],
-    given: Mapping[str, Any],
+    config: TrainConfig,
     *,
     recipe: Recipe,
     seed: int,
-) -> tuple[TrainConfig, VectorSearch]:
-    """Settings and environment to train in: the suite's in-domain datasets, or a TinyWiki training world.
+) -> VectorSearch:
+    """The environment to train in: the suite's in-domain datasets, or a TinyWiki training world."""
+    from agentgym_ig.trainers.tinywiki import training_env, training_world
 
-    `given` are the user's options: fields of `TrainConfig`, of which those that are None or False keep the suite's own,
-    or the recipe's, and others.
-    """
-    from agentgym_ig.trainers.config import TrainConfig
-    from agentgym_ig.trainers.tinywiki import tiny_config, training_env, training_world
-
-    tiny, guided = suite == "tinywiki", "self_guide" in recipe.needs
-    config = tiny_config(seed, preset=recipe.preset) if tiny else TrainConfig(seed=seed, **recipe.preset)
-    options = {own.name: given.get(own.name) for own in fields(TrainConfig)}
-    config = replace(
-        config, **{name: value for name, value in options.items() if not (value is None or value is False)}
-    )
     places = config.questions_per_step * config.group_size
-    if tiny:
+    if suite == "tinywiki":
         made = training_env(training_world(seed), places)
         env = SearchVectorEnv(made.index, list(made.questions.values()), places, replace(made.rules, **overrides))
     else:
@@ -177,9 +194,8 @@ def open_training(
             raise ValueError(
                 f"{questions} holds no in-domain dataset of suite {suite!r}, so there is nothing to train on"
             )
-        rules = replace(asked.rules, prompt=with_guide(asked.rules.texts)) if guided else asked.rules
-        env = replace(asked, questions=own, rules=rules).env(places)
-    return config, add_channel(env, SelfGuide()) if guided else env
+        env = replace(asked, questions=own, rules=_guided(asked.rules, recipe)).env(places)
+    return add_channel(env, SelfGuide()) if "self_guide" in recipe.needs else env
 
 
 SMALL = 20_000_000

@@ -18,6 +18,15 @@ from agentgym_ig.commands.evaluate import (
     TopKOption,
     rules_set_by_user,
 )
+from agentgym_ig.commands.plan import (
+    ConfigOption,
+    DryRunOption,
+    GpuOption,
+    GpusOption,
+    ShardOption,
+    check_processes,
+    show_dry_run,
+)
 
 LoraOption = Annotated[int | None, typer.Option(help="Train a LoRA adapter of this rank, not all weights (peft).")]
 Bf16Option = Annotated[bool, typer.Option("--bf16", help="Forward passes in bfloat16; weights stay in float32.")]
@@ -27,7 +36,8 @@ CheckpointingOption = Annotated[
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    config: ConfigOption = None,
     recipe: Annotated[str, typer.Option(help="A method, or several joined by +, as in igpo+gipo.")] = "igpo",
     model: Annotated[
         str, typer.Option(help="tinywiki (the shipped small policy), a folder or a hub name.")
@@ -74,6 +84,10 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of all random draws, and of TinyWiki's training world.")] = 0,
     device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    dry_run: DryRunOption = False,
+    gpu: GpuOption = None,
+    gpus: GpusOption = 1,
+    shard: ShardOption = "ddp",
 ) -> None:
     """Train a model; writes metrics.jsonl, checkpoints and, at the end, the model."""
     given = dict(locals())
@@ -84,6 +98,7 @@ def train(
         open_trainable,
         open_training,
         prepare_for_small_models,
+        training_config,
     )
     from agentgym_ig.trainers import ranks
     from agentgym_ig.trainers.loop import Run
@@ -95,20 +110,26 @@ def train(
     if tiny:
         prepare_for_small_models()
     chosen = open_recipe(recipe, suite, kl=kl, entropy=entropy)
-    config, env = open_training(
-        suite, questions, index, rules_set_by_user(top_k, max_turns, prompt), given, recipe=chosen, seed=seed
-    )
+    settings, rules = training_config(suite, given, chosen, seed), rules_set_by_user(top_k, max_turns, prompt)
+    max_new_tokens = max_new_tokens or (16 if tiny else 256)
+    if dry_run:
+        show_dry_run(given, chosen, settings, rules, max_new_tokens)
+        return
+    check_processes(gpus)
+    if out is None:
+        raise ValueError("give --out FOLDER for the run, or --dry-run to see what it would take")
+    env = open_training(suite, questions, index, rules, settings, recipe=chosen, seed=seed)
     policy = open_engine(
         engine,
         *open_trainable(model, device, lora_rank, seed=seed),
         temperature=temperature,
-        max_new_tokens=max_new_tokens or (16 if tiny else 256),
+        max_new_tokens=max_new_tokens,
         batch_size=rollout_batch,
     )
     check_fits_suite(policy, suite, chosen, learning_rate)
-    run = Run(policy, env, chosen, config, out, log_with=tuple(log_with or ()))
+    run = Run(policy, env, chosen, settings, out, log_with=tuple(log_with or ()))
     advice = "Every whole step is saved; go on with the same command and --resume."
-    with interruptible(advice), bar(f"training {recipe}", config.steps) as advance:
+    with interruptible(advice), bar(f"training {recipe}", settings.steps) as advance:
         folder = run_training(run, resume=resume, progress=_shown(advance))
     places = (f" --questions {questions}" if questions else "") + "".join(f" --index {own}" for own in index or ())
     console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}{places}")
