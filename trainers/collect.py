@@ -164,7 +164,7 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
             decode=lambda sent: Scored(torch.tensor(sent[0]), sent[1]),
         )
     if run.recipe.overlong:
-        episodes = _with_overlong(run, episodes, encoded)
+        episodes = with_overlong(run, episodes, encoded)
     kept: list[tuple[Trajectory, Encoded, Tensor]] = []
     for episode, own, each in zip(episodes, encoded, scored, strict=True):
         belief = [combine_aliases(behind, config.aliases) for behind in each.beliefs] if gain else []
@@ -180,7 +180,7 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
     return Batch(played, weights, step / config.steps, tokens, logprobs, engine=engine)
 
 
-def _with_overlong(run: Run, episodes: Sequence[Trajectory], encoded: Sequence[Encoded]) -> list[Trajectory]:
+def with_overlong(run: Run, episodes: Sequence[Trajectory], encoded: Sequence[Encoded]) -> list[Trajectory]:
     """The episodes with DAPO's punishment as the channel `overlong` of their last turn."""
     limit = longest_episode(run)
     buffer = max(round(run.recipe.overlong * limit), 1)

@@ -54,7 +54,7 @@ class Critic(nn.Module):
 
 
 def read_values(critic: Critic, encoded: Sequence[Encoded], *, batch_size: int = 64) -> list[Tensor]:
-    """(T,) what the critic says of each episode, without a gradient, in evaluation mode, `batch_size` episodes at a time."""
+    """(T,) what the critic says of each episode; no gradient, evaluation mode, `batch_size` episodes at a time."""
     with packing(critic.trunk):
         return read_tokens(critic, critic, encoded, batch_size=batch_size)
 

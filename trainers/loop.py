@@ -72,6 +72,20 @@ class Run:
         }
 
 
+def check_run(run: Run) -> None:
+    """Raise ValueError for a policy that samples nothing to learn from, for a recipe without the channels it needs, and
+    for an answer that cannot be scored.
+    """
+    if run.policy.temperature <= 0:
+        raise ValueError(f"temperature={run.policy.temperature} samples no alternatives to learn from; use one above 0")
+    _check_engine(run)
+    needs = run.recipe.needs
+    if "self_guide" in needs and "self_guide" not in {channel.name for channel in channels_of(run.env)}:
+        raise ValueError("this recipe reads the channel self_guide; train on add_channel(env, SelfGuide())")
+    if "info_gain" in needs:
+        _check_answers(run)
+
+
 def _check_answers(run: Run) -> None:
     """Raise ValueError, at the start and not at the step that draws it, for an answer without a token to score."""
     for question in run.env.questions.values():
@@ -162,15 +176,9 @@ def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
 
     Raises ValueError for a policy that samples nothing to learn from, and for a recipe without the channels it needs.
     """
-    if run.policy.temperature <= 0:
-        raise ValueError(f"temperature={run.policy.temperature} samples no alternatives to learn from; use one above 0")
-    _check_engine(run)
-    needs = run.recipe.needs
-    if "self_guide" in needs and "self_guide" not in {channel.name for channel in channels_of(run.env)}:
-        raise ValueError("this recipe reads the channel self_guide; train on add_channel(env, SelfGuide())")
-    if "info_gain" in needs:
-        _check_answers(run)
+    check_run(run)
     check_trackers(run.log_with)
+    needs = run.recipe.needs
     model, settings = run.policy.model, run.settings
     if "reference" in needs or is_adapted(model):
         settings["base_weights"] = weights_digest(model)
@@ -190,10 +198,17 @@ def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
 
 def summary(batch: Batch, learned: Experience) -> dict[str, float]:
     """What the batch was like: scores, lengths, and how much of it carried a signal."""
-    episodes, n = batch.episodes, len(batch.episodes)
-    tokens, columns = learned.rows(range(n), "cpu")
+    figures, n = totals(batch, learned), len(batch.episodes)
+    nats = -float(batch.column("old")[batch.tokens.sampled].sum())
+    entropy = nats / max(figures["tokens_per_episode"], 1.0)
+    return {name: value / n for name, value in figures.items()} | {"entropy": entropy}
+
+
+def totals(batch: Batch, learned: Experience) -> dict[str, float]:
+    """The figures of a batch, summed over its episodes."""
+    episodes = batch.episodes
+    tokens, columns = learned.rows(range(len(episodes)), "cpu")
     silent = (columns["advantages"].abs() < 1e-8) | ~tokens.sampled
-    written = float(tokens.sampled.sum())
     figures = {
         "em": sum(score("em", own.answer, own.question.answers) for own in episodes),
         "reward": float(batch.reward.sum()),
@@ -204,11 +219,10 @@ def summary(batch: Batch, learned: Experience) -> dict[str, float]:
         "malformed": abs(sum(own.total("format") for own in episodes)),
         "info_gain": sum(own.total("info_gain") for own in episodes),
         "no_signal": float(silent.all(1).sum()),
-        "tokens_per_episode": written,
+        "tokens_per_episode": float(tokens.sampled.sum()),
     }
     if any("self_guide" in turn.rewards for own in episodes for turn in own.turns):
         figures["unreadable_verdicts"] = sum(
             verdict(turn.action.text) is None for own in episodes for turn in own.turns
         )
-    nats = -float(batch.column("old")[tokens.sampled].sum())
-    return {name: value / n for name, value in figures.items()} | {"entropy": nats / max(written, 1.0)}
+    return figures

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,20 +51,26 @@ DryRunOption = Annotated[
 GpuOption = Annotated[
     str | None, typer.Option(help="What --dry-run plans for: a GPU's name, as h100 or a100-80, or its memory in GB.")
 ]
-GpusOption = Annotated[int, typer.Option(min=1, help="How many GPUs: one process each.")]
+GpusOption = Annotated[int | None, typer.Option(min=1, help="How many GPUs: one process each.")]
 ShardOption = Annotated[
-    str, typer.Option(help="On several GPUs: ddp (a whole copy on each) or fsdp (weights cut into parts).")
+    str | None, typer.Option(help="On several GPUs: ddp (a whole copy on each) or fsdp (weights cut into parts).")
 ]
 
 
-def check_processes(gpus: int) -> None:
-    """Raise ValueError where a run meant for several GPUs has another number of processes."""
-    found = int(os.environ.get("WORLD_SIZE", "1"))
-    if found != gpus:
-        raise ValueError(
-            f"--gpus {gpus}, but this run has {found} process{'' if found == 1 else 'es'}; give --gpus {found}, or look"
-            " at the plan alone by --dry-run"
-        )
+def check_processes(gpus: int | None, shard: str | None) -> None:
+    """Raise ValueError where a run meant for several GPUs was started otherwise. None is as it was started."""
+    from agentgym_ig.trainers import ranks, sharding
+
+    wanted, asked = gpus or ranks.count(), shard or ("fsdp" if sharding.asked() else "ddp")
+    if ranks.count() == wanted and (wanted == 1 or sharding.asked() == (asked == "fsdp")):
+        return
+    with as_file(files("agentgym_ig") / "launch" / f"{asked}.yaml") as config:
+        start = f"accelerate launch --config_file {config} --num_processes {wanted} -m agentgym_ig train ..."
+    raise ValueError(
+        f"this run has {ranks.count()} process{'' if ranks.count() == 1 else 'es'}"
+        f"{' with fsdp' if sharding.asked() else ''}, and --gpus {wanted} --shard {asked} was asked for; start it by"
+        f" {start if wanted > 1 else 'agentgym-ig train ...'}, or look at the plan alone by --dry-run"
+    )
 
 
 def planned_job(
@@ -96,8 +102,8 @@ def planned_job(
         critic="values" in recipe.needs,
         belief="info_gain" in recipe.needs,
         passes=config.epochs * (1 + config.replay),
-        gpus=given["gpus"],
-        shard=given["shard"],
+        gpus=given["gpus"] or 1,
+        shard=given["shard"] or "ddp",
     )
 
 

@@ -86,8 +86,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     dry_run: DryRunOption = False,
     gpu: GpuOption = None,
-    gpus: GpusOption = 1,
-    shard: ShardOption = "ddp",
+    gpus: GpusOption = None,
+    shard: ShardOption = None,
 ) -> None:
     """Train a model; writes metrics.jsonl, checkpoints and, at the end, the model."""
     given = dict(locals())
@@ -115,7 +115,7 @@ def train(
     if dry_run:
         show_dry_run(given, chosen, settings, rules, max_new_tokens)
         return
-    check_processes(gpus)
+    check_processes(gpus, shard)
     if out is None:
         raise ValueError("give --out FOLDER for the run, or --dry-run to see what it would take")
     env = open_training(suite, questions, index, rules, settings, recipe=chosen, seed=seed)
