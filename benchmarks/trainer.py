@@ -122,10 +122,10 @@ def theirs(name: str, folder: Path) -> tuple[Callable[[], float], Any]:
         "logprobs": None,
     }
     config = trl.GRPOConfig(
-        str(folder), num_generations=2, per_device_train_batch_size=len(encoded),
-        per_device_eval_batch_size=len(encoded), num_iterations=2, max_completion_length=100_000, beta=0.0, loss_type="grpo", learning_rate=RATE, use_cpu=True,
-        bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
-        disable_tqdm=True,
+        str(folder), num_generations=2, per_device_train_batch_size=len(encoded), num_iterations=2, beta=0.0,
+        per_device_eval_batch_size=len(encoded), max_completion_length=100_000, loss_type="grpo", learning_rate=RATE,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
         model=model, reward_funcs=lambda prompts, **_: advantages_of(len(prompts)).tolist(), args=config,

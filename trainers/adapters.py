@@ -11,9 +11,11 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from agentgym_ig.lm.alone import alone_with
 from agentgym_ig.trainers.readout import Model
@@ -36,21 +38,38 @@ def with_lora(
     if is_adapted(model):
         raise ValueError("the model has an adapter already; train that one, or take merged(model)")
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install 'agentgym_ig[lora]'") from error
     target = target if isinstance(target, str) else list(target)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target, task_type="CAUSAL_LM")
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft asks the model by a name that transformers 5.23 deprecates; a tied layer is refused below.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        adapted: Model = get_peft_model(model, config)
+        adapted = _adapted(model, config)
     if _adapts_tied(adapted):
         adapted.unload()
         raise ValueError("input and output embedding are one tensor, which an adapter of either would split; leave out")
     return adapted.train(model.training)
+
+
+def _adapted(model: Model, config: Any) -> Model:
+    """The model with a fresh adapter of peft's, of that configuration."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # peft asks the model by a name that transformers 5.23 deprecates; a tied layer is refused by `with_lora`.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+        return get_peft_model(model, config)
+
+
+def with_weights(model: Model, weights: Mapping[str, Tensor]) -> Model:
+    """Another model with an adapter of the same shape, on the CPU, with these weights, by the names of both."""
+    _require_adapted(model)
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(model.get_base_model().config))
+    twin = _adapted(base, copy.deepcopy(model.peft_config[model.active_adapter]))
+    twin.load_state_dict(dict(weights))
+    return twin
 
 
 def _adapts_tied(model: Model) -> bool:

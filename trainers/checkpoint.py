@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from agentgym_ig.errors import CheckpointError
 from agentgym_ig.trainers import ranks
-from agentgym_ig.trainers.adapters import is_adapted, load_adapter_state, merged
+from agentgym_ig.trainers.adapters import is_adapted, load_adapter_state, merged, with_weights
 from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.learner import Learner
-from agentgym_ig.trainers.sharding import gathered, like, load_whole_state, whole, whole_state
+from agentgym_ig.trainers.sharding import averaged_over, like, load_whole_state, whole, whole_state
 
 FORMAT = 2
 
@@ -73,10 +73,12 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
     The folder is replaced, and only by a whole one.
     """
-    with gathered(model):
-        plain = merged(model) if is_adapted(model) else model
-    weights = whole_state(plain)
+    weights = whole_state(model)
     if ranks.first():
+        plain = model
+        if is_adapted(model):
+            plain = merged(with_weights(model, weights) if averaged_over(model) > 1 else model)
+            weights = plain.state_dict()
         partial = _empty(folder.with_name(f".{folder.name}.partial"))
         _write_model(partial, plain, tokenizer, weights)
         _put(partial, folder)

@@ -96,7 +96,7 @@ class Held(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.known = {own.untyped_storage()._cdata for own in (*model.parameters(), *model.buffers())}
 

@@ -285,10 +285,11 @@ def what_to_lower(job: Job, gpu: Gpu) -> list[str]:
 
 def _cheaper(job: Job, gpu: Gpu) -> Iterator[tuple[str, Job]]:
     """What changes no result, or hardly."""
-    for name, option in (("bf16", "--bf16"), ("checkpointing", "--gradient-checkpointing")):
-        if not getattr(job, name) and not plan(job).fits(gpu):
-            job = replace(job, **{name: True})
-            yield option, job
+    if not job.bf16 and not plan(job).fits(gpu):
+        job = replace(job, bf16=True)
+        yield "--bf16", job
+    if not job.checkpointing and not plan(job).fits(gpu):
+        yield "--gradient-checkpointing", replace(job, checkpointing=True)
 
 
 def _fewer(job: Job, gpu: Gpu) -> Iterator[tuple[str, Job]]:

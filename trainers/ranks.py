@@ -20,6 +20,9 @@ from torch import Tensor
 
 Row = TypeVar("Row")
 
+_joined = False
+"""Whether `join` has made this process one of several; a host such as TRL has processes that know nothing of this."""
+
 BUCKET = 2**24
 """Gradients that are added up over ranks at once: 64 MB in float32."""
 
@@ -31,20 +34,22 @@ def join(device: str) -> str:
     """
     from accelerate import PartialState
 
+    global _joined
     if not dist.is_torchelastic_launched():
         return device
+    _joined = True
     state = PartialState(cpu=device == "cpu")
     return device if device == "cpu" else str(state.device)
 
 
 def count() -> int:
     """How many ranks there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined else 1
 
 
 def own() -> int:
     """The number of this rank, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined else 0
 
 
 def first() -> bool:

@@ -179,7 +179,7 @@ def _reading_head(
     def forward(hidden: Tensor) -> Tensor:
         rows = hidden[places]
         if plain:
-            logprobs, entropies = _Readout.apply(rows, head.weight, head.bias, tokens, finish)
+            logprobs, entropies = _Readout.apply(rows, head.weight, head.bias, tokens, finish)  # type: ignore[no-untyped-call]
         else:
             every = finish(own(rows).clone()).log_softmax(-1)
             logprobs = every.gather(-1, tokens[:, None])[:, 0]
