@@ -41,6 +41,10 @@ class SearchRefused(SearchFailed):
     """The server will not answer this request, now or later: it is wrong, too large, or not allowed."""
 
 
+class OutOfMemory(AgentGymError, MemoryError):
+    """A phase of a training step that does not fit in memory; the message says which, and what to lower."""
+
+
 class EngineFailed(AgentGymError):
     """A generation engine that died in the middle of a call; it can be started again, and nothing was played."""
 

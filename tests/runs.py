@@ -59,7 +59,7 @@ def scored(run: Run, learner: Learner | None = None, episodes: list[Trajectory] 
     """Sixteen episodes of four questions as the run's estimator sees them."""
     batch = read(run, episodes or play(16), 0)
     assert batch is not None
-    return beside(batch, learner, run.config) if learner else batch
+    return beside(batch, learner, run.config.micro_batch) if learner else batch
 
 
 def weights(model: Any) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,9 +96,10 @@ def collect(run: Run, learner: Learner, step: int) -> Collected:
     while groups < wanted and sampled < run.recipe.sampling_rounds:
         with precision(run.config, run.policy.model.device), timed(seconds, "rollout_s"):
             starts = draw_starts(sorted(run.env.questions), run.config, step, sampled)
-            episodes, again = _play(run, starts)
+            episodes, again = learner.playing.of(partial(_play, run, starts))
         with precision(run.config, run.policy.model.device), timed(seconds, "score_s"):
-            batch = read(run, [own for own in episodes if own.turns and not own.stop.failed], step)
+            whole = [own for own in episodes if own.turns and not own.stop.failed]
+            batch = learner.scoring.of(partial(read, run, whole, step))
         sampled, played, restarts = sampled + 1, played + len(episodes), restarts + again
         if batch is not None:
             kept += len(batch.episodes)
@@ -117,15 +119,20 @@ def collect(run: Run, learner: Learner, step: int) -> Collected:
         return Collected(None, None, figures | {"episodes": 0} | seconds)
     with timed(seconds, "score_s"):
         with precision(run.config, run.policy.model.device):
-            batch = beside(batch, learner, run.config)
+            batch = learner.scoring.of(partial(beside, batch, learner))
         learned = experience(batch, run.recipe.estimator(batch), importance_cap=run.config.importance_cap)
     figures |= disagreement(batch.old, batch.engine)
     return Collected(batch, learned, figures | {"episodes": len(batch.episodes)} | seconds)
 
 
-def _play(run: Run, starts: Sequence[Start]) -> tuple[list[Trajectory], int]:
-    """All of the episodes on every rank, each of which plays its own groups; and how often an engine was restarted."""
+def _play(run: Run, starts: Sequence[Start], batch_size: int) -> tuple[list[Trajectory], int]:
+    """All of the episodes on every rank, each of which plays its own groups; and how often an engine was restarted.
+
+    batch_size: of a policy that has one.
+    """
     engine = run.engine or run.policy
+    if hasattr(run.policy, "batch_size"):
+        run.policy.batch_size = batch_size
     if ranks.count() == 1:
         return play(run.env, engine, starts)
     with sharding.gathered(run.policy.model):
@@ -140,7 +147,7 @@ def _player(start: Start) -> int:
     return start.group % ranks.count()
 
 
-def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
+def read(run: Run, episodes: Sequence[Trajectory], step: int, batch_size: int | None = None) -> Batch | None:
     """The episodes with the log-probabilities of their tokens and, if the recipe reads it, their belief, both read in
     one packed pass. Without those whose belief is not finite; None where none are left.
     """
@@ -151,7 +158,7 @@ def read(run: Run, episodes: Sequence[Trajectory], step: int) -> Batch | None:
         policy.encoder,
         run.env.rules.texts,
         temperature=policy.temperature,
-        batch_size=config.micro_batch,
+        batch_size=batch_size or config.micro_batch,
     )
     count = (1 if config.aliases == "first" else None) if gain else 0
     encoded = [policy.encoder.encode(episode.conversation) for episode in episodes]
@@ -219,12 +226,12 @@ def longest_episode(run: Run) -> int:
     return int(run.policy.max_new_tokens * run.env.rules.max_turns)
 
 
-def beside(batch: Batch, learner: Learner, config: TrainConfig) -> Batch:
+def beside(batch: Batch, learner: Learner, batch_size: int) -> Batch:
     """The batch with what the reference model and the critic say of its tokens, where the learner has them."""
     if learner.reference is not None:
         batch = replace(batch, reference=_tokens_of(batch, learner.model, learner.reference))
     if (critic := learner.critic) is not None:
-        values = _tokens_of(batch, critic, lambda own: read_values(critic, own, batch_size=config.micro_batch))
+        values = _tokens_of(batch, critic, lambda own: read_values(critic, own, batch_size=batch_size))
         batch = replace(batch, values=values)
     return batch
 

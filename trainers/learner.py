@@ -18,6 +18,7 @@ from agentgym_ig.trainers import ranks, sharding
 from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.critic import Critic
 from agentgym_ig.trainers.experience import Experience
+from agentgym_ig.trainers.memory import Portion
 from agentgym_ig.trainers.modes import without_dropout
 
 Reference = Callable[[Sequence[Encoded]], list[Tensor]]
@@ -27,7 +28,8 @@ Reference = Callable[[Sequence[Encoded]], list[Tensor]]
 @dataclass(frozen=True)
 class Learner:
     """A model in training: the model with its tokenizer, the optimiser and its learning-rate schedule, PPO's critic,
-    the reference that it is held to, and the batches that are still learned from, oldest first.
+    the reference that it is held to, the batches that are still learned from, oldest first, and how many episodes each
+    phase takes in a pass.
     """
 
     model: Any
@@ -37,6 +39,9 @@ class Learner:
     critic: Critic | None = None
     reference: Reference | None = None
     replay: list[Experience] = field(default_factory=list)
+    playing: Portion = field(default_factory=lambda: Portion("rollout", 1))
+    scoring: Portion = field(default_factory=lambda: Portion("score", 1))
+    updating: Portion = field(default_factory=lambda: Portion("update", 1))
 
     @property
     def parameters(self) -> list[list[Tensor]]:
@@ -67,7 +72,8 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     schedule = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps)
     if config.warmup_steps:
         next_rate(schedule)  # it begins at 0, which would waste the first batch
-    return Learner(model, tokenizer, optimizer, schedule, critic)
+    passes = {"scoring": Portion("score", config.micro_batch), "updating": Portion("update", config.micro_batch)}
+    return Learner(model, tokenizer, optimizer, schedule, critic, **passes)
 
 
 def checkpoint_layers(model: Any) -> None:

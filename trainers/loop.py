@@ -26,6 +26,7 @@ from agentgym_ig.trainers.experience import Batch, Experience
 from agentgym_ig.trainers.interrupt import Interruptible
 from agentgym_ig.trainers.journal import CHECKPOINTS, append, begin, stop_if_not_finite
 from agentgym_ig.trainers.learner import Learner, make_learner, next_rate
+from agentgym_ig.trainers.memory import Portion
 from agentgym_ig.trainers.recipes import Recipe
 from agentgym_ig.trainers.reference import reference_of, weights_digest
 from agentgym_ig.trainers.trackers import check_trackers, trackers
@@ -185,11 +186,13 @@ def prepare(run: Run) -> tuple[Learner, dict[str, Any]]:
     critic = Critic(model) if "values" in needs else None
     reference = reference_of(model) if "reference" in needs else None
     learner = make_learner(model, run.policy.encoder.tokenizer, run.config, critic=critic)
+    learner = replace(learner, playing=Portion("rollout", getattr(run.policy, "batch_size", 1)))
     if reference is not None:
+        scoring = learner.scoring
         learner = replace(
             learner,
             reference=lambda encoded: reference.logprobs(
-                encoded, temperature=run.policy.temperature, batch_size=run.config.micro_batch
+                encoded, temperature=run.policy.temperature, batch_size=scoring.size
             ),
         )
     json.dumps(settings)  # what a checkpoint could not hold is found now

@@ -61,13 +61,25 @@ class Update:
         Every token's weight is fixed over all of them before they are cut into micro-batches. Raises
         FloatingPointError, before anything has changed, when the loss or a gradient is not finite.
         """
-        lengths = [len(learned.encoded[row].ids) for row in rows]
         sampled = pad([learned.encoded[row] for row in rows]).sampled
         weights = token_weights(sampled, self.recipe.aggregation, width=len(rows) * self.longest)
+        totals, parts = self.learner.updating.of(lambda size: self._gradients(learned, rows, weights, size))
+        totals = ranks.sums(totals)
+        norms = take_step(self.learner, list(totals.values()), self.config.max_grad_norm)
+        statistics = loss_statistics(part for own in ranks.gather(parts) for part in own)
+        norms_by_name = dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False))
+        return {"tokens": float(sampled.sum())} | totals | norms_by_name | statistics
+
+    def _gradients(
+        self, learned: Experience, rows: Sequence[int], weights: Tensor, size: int
+    ) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Make this rank's part of the gradient, in passes over at most `size` episodes; returns its part of each loss
+        term, and each pass's `loss_sums`. weights: (rows, T).
+        """
         totals: dict[str, float] = {}
         parts: list[dict[str, float]] = []
         self.learner.optimizer.zero_grad()
-        for chosen in ranks.micro_batches(lengths, self.config.micro_batch):
+        for chosen in ranks.micro_batches([len(learned.encoded[row].ids) for row in rows], size):
             # An empty pass keeps the other ranks company: its one row counts nothing.
             batch, columns = learned.rows([rows[place] for place in chosen or [0]], self.learner.model.device)
             share = weights[chosen] if chosen else torch.zeros_like(weights[:1])
@@ -79,11 +91,7 @@ class Update:
             parts += [sums] if chosen else []
             for name, own in terms.items():
                 totals[name] = totals.get(name, 0.0) + float((own.detach() * weight).sum())
-        totals = ranks.sums(totals)
-        norms = take_step(self.learner, list(totals.values()), self.config.max_grad_norm)
-        statistics = loss_statistics(part for own in ranks.gather(parts) for part in own)
-        norms_by_name = dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False))
-        return {"tokens": float(sampled.sum())} | totals | norms_by_name | statistics
+        return totals, parts
 
     def _terms(self, batch: TokenBatch, columns: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(B, T) each term of the loss, its coefficient included, and what the policy loss did to its tokens.
