@@ -9,6 +9,9 @@ CONSTRAINTS := $(if $(GPU),,-c constraints.txt)
 # Small models are fastest on one thread, and no test may reach for a model hub.
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
+# A file of tests stays in one process, with the servers that it started.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+
 .PHONY: help install quickstart test check lint layout types wheel clean
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
@@ -31,8 +34,8 @@ install-test: $(VENV)/installed-$(EXTRA)-test
 quickstart: install  ## build TinyWiki, train a small search agent on it, write runs/quickstart/report.html
 	$(RUN) $(BIN)/agentgym-ig quickstart --out runs/quickstart
 
-test: install-test  ## all tests
-	$(RUN) $(BIN)/python -m pytest
+test: install-test  ## all tests, side by side on the machine's cores
+	$(RUN) $(BIN)/python -m pytest $(PARALLEL)
 
 check: lint types test  ## lint, strict types, and all tests with the layout guards
 

@@ -4,6 +4,7 @@
     python -m benchmarks.methods staleness   PPO's clip and GIPO with 1, 4 and 16 updates per batch
     python -m benchmarks.warm_starts         the policies that the next two begin with
     python -m benchmarks.methods sparse      GRPO and IGPO where success is rare and evidence far
+    python -m benchmarks.methods map         the same with 2 hops and with 8 % success, one seed a cell
     python -m benchmarks.methods guide       Self-Guide, and GRPO beside it
     python -m benchmarks.methods report      methods.json and the plots, from what has been played
 
@@ -23,7 +24,7 @@ import typer
 
 from benchmarks.learning import Trial, Trials, seeds
 from benchmarks.measure import where
-from benchmarks.methods_plots import plot_curves, plot_sparse, plot_staleness
+from benchmarks.methods_plots import plot_curves, plot_map, plot_sparse, plot_staleness
 from benchmarks.sparse import cell, corner
 from benchmarks.statistics import mean_and_interval, rollouts_to
 
@@ -37,14 +38,15 @@ LEVELS = (0.2, 0.3, 0.5, 0.7)
 VALIDATION_SEED, TEST_SEED, SEEDS = 100, 200, 5
 STALENESS = {1: {"updates": 1, "epochs": 1}, 4: {"updates": 4, "epochs": 1}, 16: {"updates": 4, "epochs": 4}}
 """Updates per batch → how they are made: the batch cut into so many parts, gone through so many times."""
-SPARSE = tuple(
+MAP = tuple(
     {"start": f"h{hops}-s{success}", "hops": (hops,), "group": group, "questions": 96 // group}
-    for hops in (3, 4)
-    for success in ("0.5", "2")
+    for hops in (2, 3, 4)
+    for success in ("0.5", "2", "8")
     for group in (4, 8, 16)
 )
+SPARSE = tuple(own for own in MAP if own["hops"] != (2,) and not str(own["start"]).endswith("-s8"))
 """The sparse corner, fixed beforehand: at most 2 % success at the start and at least 3 hops."""
-SPARSE_RECIPES, SPARSE_SEEDS = ("grpo", "igpo"), 1
+SPARSE_RECIPES, SPARSE_SEEDS = ("grpo", "igpo"), 2
 GUIDED = {**SPARSE[4], "start": "h3-guided"}
 """Self-Guide needs a policy that assesses itself. GRPO is played from it too, and from one that was never shown how."""
 
@@ -123,11 +125,20 @@ def _stale_bases() -> list[Trial]:
 @app.command()
 def sparse(store: Store = STORE, processes: Processes = 2) -> None:
     """The sparse corner; each recipe's rate is chosen in its middle, 3 hops with 2 % success in groups of 8."""
-    trials = Trials(store)
+    _play_cells(Trials(store), SPARSE, SPARSE_SEEDS, processes)
+
+
+@app.command("map")
+def rest_of_map(store: Store = STORE, processes: Processes = 2) -> None:
+    """The rest of the map around the sparse corner, at the rates of its middle."""
+    _play_cells(Trials(store), [own for own in MAP if own not in SPARSE], 1, processes)
+
+
+def _play_cells(trials: Trials, cells: Sequence[dict[str, Any]], count: int, processes: int) -> None:
     bases = [_validated(name, **SPARSE[4]) for name in SPARSE_RECIPES]
     rates = choose_rates(trials, bases, processes)
-    cells = [(replace(base, **own), rates[base]) for own in SPARSE for base in bases]  # type: ignore[arg-type]
-    trials.run((each for base, rate in cells for each in _tested(base, rate, SPARSE_SEEDS)), processes=processes)
+    chosen = [(replace(base, **own), rates[base]) for own in cells for base in bases]
+    trials.run((each for base, rate in chosen for each in _tested(base, rate, count)), processes=processes)
 
 
 @app.command()
@@ -146,7 +157,7 @@ def report(store: Store = STORE, out: Path = RESULTS) -> None:
     trials = Trials(store)
     asked = {"table": [_validated(name) for name in RECIPES], "staleness": _stale_bases(), "guide": _guided_bases()}
     done = {section: {own: rows for own in bases if (rows := _rows(trials, own))} for section, bases in asked.items()}
-    cells = _cells(trials)
+    cells, everywhere = _cells(trials, SPARSE, SPARSE_SEEDS), _cells(trials, MAP, 1)
     result = where() | {
         "trials": str(store),
         "commits": sorted({row["commit"] for rows in done.values() for each in rows.values() for row in each}),
@@ -160,6 +171,9 @@ def report(store: Store = STORE, out: Path = RESULTS) -> None:
         result["sparse"] = {"seeds": SPARSE_SEEDS, "cells": cells, **corner(cells)}
         result["igpo_rollouts_ratio_sparse"] = result["sparse"]["igpo_rollouts_ratio_sparse"][0]
         plot_sparse(cells, out)
+    if len(everywhere) == len(MAP):
+        result["map"] = {"seeds": 1, "cells": everywhere}
+        plot_map(everywhere, out)
     (out / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
     if done["table"]:
         plot_curves({own.recipe: [row["curve"] for row in rows] for own, rows in done["table"].items()}, out)
@@ -173,12 +187,12 @@ def report(store: Store = STORE, out: Path = RESULTS) -> None:
         print(f"{name:28} ratio {each['ratio']}  ID over GRPO {each['id_em_over_grpo']}")
 
 
-def _cells(trials: Trials) -> dict[str, dict[str, Any]]:
-    """The cells of the sparse corner that have been played by both recipes."""
+def _cells(trials: Trials, chosen: Sequence[dict[str, Any]], count: int) -> dict[str, dict[str, Any]]:
+    """Those of the chosen cells that have been played by both recipes with so many seeds."""
     found = {}
-    for own in SPARSE:
-        bases = [replace(_validated(name, **SPARSE[4]), **own) for name in SPARSE_RECIPES]  # type: ignore[arg-type]
-        rows = [_rows(trials, base, SPARSE_SEEDS) for base in bases]
+    for own in chosen:
+        bases = [replace(_validated(name, **SPARSE[4]), **own) for name in SPARSE_RECIPES]
+        rows = [_rows(trials, base, count) for base in bases]
         if rows[0] and rows[1]:
             found[f"{own['start']}, groups of {own['group']}"] = cell(rows[0], rows[1])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,16 @@ def plot_staleness(found: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
 
 
 def plot_sparse(cells: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """One line per cell: IGPO's episodes over GRPO's to half of the final exact match, and the final ones of both."""
+    """One line per cell: IGPO's episodes over GRPO's to half of the final exact match, of each seed and their geometric
+    mean, and the final exact matches of both.
+    """
     names = list(cells)[::-1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 0.34 * len(names) + 1.4), sharey=True)
     for place, name in enumerate(names):
         own = cells[name]
-        middle, low, high = own["ratio"]
-        left.plot([low or middle, high or middle], [place, place], color="#1f6feb", lw=1.5)
-        left.plot(middle, place, "o", color="#1f6feb", ms=5)
+        seeds = [math.exp(value) for value in own["log_ratios"]]
+        left.plot(seeds, [place] * len(seeds), "-o", color="#1f6feb", ms=3, lw=1, alpha=0.6)
+        left.plot(own["ratio"][0], place, "o", color="#1f6feb", ms=6)
         for who, colour in (("grpo", "#666666"), ("igpo", "#1f6feb")):
             right.plot(100 * own[f"{who}_id_em"][0], place, "o", color=colour, ms=5, label=who if not place else None)
             right.plot(100 * own[f"{who}_ood_em"][0], place, "o", color=colour, ms=5, mfc="white")
@@ -112,4 +115,28 @@ def plot_sparse(cells: Mapping[str, Mapping[str, Any]], out: Path) -> None:
         axis.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(out / "methods_sparse.png", dpi=130)
+    plt.close(figure)
+
+
+def plot_map(cells: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """A table for each success at the start, hops by group size: the ratio, and the final exact match of both."""
+    starts, hops, groups = ("0.5", "2", "8"), (2, 3, 4), (4, 8, 16)
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.6), sharey=True, layout="constrained")
+    for axis, success in zip(axes, starts, strict=True):
+        table = [[cells[f"h{h}-s{success}, groups of {g}"] for g in groups] for h in hops]
+        logs = [[math.log2(own["ratio"][0]) for own in row] for row in table]
+        image = axis.imshow(logs, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
+        for y, row in enumerate(table):
+            for x, own in enumerate(row):
+                ends = [round(100 * own[f"{who}_id_em"][0]) for who in ("grpo", "igpo")]
+                text = f"{own['ratio'][0]:.2f}\n{ends[0]} → {ends[1]} %"
+                axis.text(x, y, text, ha="center", va="center", fontsize=9, color="#111111")
+        axis.set_xticks(range(3), groups)
+        axis.set_xlabel("group size")
+        axis.set_title(f"{success} % success at the start", fontsize=10)
+    axes[0].set_yticks(range(3), [f"{own} hops" for own in hops])
+    bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], shrink=0.8)
+    bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
+    bar.set_label("IGPO's episodes over GRPO's")
+    figure.savefig(out / "methods_map.png", dpi=130)
     plt.close(figure)

@@ -160,8 +160,7 @@ def _play(case: Case, resident: Resident | None = None) -> dict[str, dict[str, i
                 _read(own, encoded, case.rows)
 
     update(Experience(encoded, columns), 0)  # the optimiser's state is made
-    gradients = sum(own.grad.nbytes for group in learner.parameters for own in group)
-    learner.optimizer.zero_grad()
+    gradients = sum(own.nbytes for group in learner.parameters for own in group)
     phase("scoring", score)
     phase("update", lambda: update(Experience(encoded, columns), 1))
     state = [own for each in learner.optimizer.state.values() for own in each.values()]

@@ -5,13 +5,19 @@
 - update: an optimiser step of GRPO on the same model, episodes and token ids as TRL's GRPOTrainer takes it, of a small
   policy (TinyWiki's, on episodes that it has played) and of a random model of 0.1 billion parameters on episodes of
   one to five turns with replies of some 400 tokens. Both in one pass over the batch, with AdamW; losses are compared.
+- engines: tokens per second of a rollout over those of the bare engine (`benchmarks/engines.py` has more).
 - memory: what log-probabilities of 32,768 tokens over 152,064 words, and their gradient, add to the memory's peak.
+- steps: where the time of a step goes, with BM25 over 60,000 passages (`benchmarks/trainer_step.py`).
+
+`update_over_trl`, `rollout_over_engine` and `environment_share` are the worst of each.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,16 +28,18 @@ import torch
 import typer
 from datasets import Dataset
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agentgym_ig.commands.console import console
 from agentgym_ig.envs.rollout import rollout
+from agentgym_ig.indexes import Bm25Index, read_corpus
 from agentgym_ig.lm.encode import OBSERVED, Encoded
 from agentgym_ig.records import write_json
 from agentgym_ig.trainers import Scorer, TrainConfig, recipe
 from agentgym_ig.trainers.collect import draw_starts
 from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.learner import make_learner
+from agentgym_ig.trainers.readout import Finish
+from agentgym_ig.trainers.readout import _Readout as Readout
 from agentgym_ig.trainers.tinywiki import (
     WARM_START,
     load_policy_model,
@@ -41,7 +49,11 @@ from agentgym_ig.trainers.tinywiki import (
     training_world,
 )
 from agentgym_ig.trainers.update import Update
-from benchmarks.measure import side_by_side, where
+from benchmarks.corpora import PASSAGES
+from benchmarks.engines import MODELS, engines
+from benchmarks.measure import fresh, side_by_side, where
+from benchmarks.trainer_step import model_of as trained_model
+from benchmarks.trainer_step import phases
 
 EPISODES = {"tiny": 96, "0.1B": 8}
 PROMPT, ACTION, REPLY, TURNS = (150, 250), (40, 120), (350, 450), (1, 5)
@@ -55,13 +67,7 @@ def model_of(name: str) -> tuple[Any, Any]:
     small, tokenizer = load_policy_model(WARM_START)
     if name == "tiny":
         return small, tokenizer
-    config = Qwen2Config(
-        vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=32_768, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(config).eval(), tokenizer
+    return trained_model(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), tokenizer
 
 
 def episodes_of(name: str, vocabulary: int) -> list[Encoded]:
@@ -170,17 +176,86 @@ def update(name: str) -> dict[str, Any]:
     }
 
 
+WIDTH, VOCABULARY, READ = 896, 152_064, 32_768
+"""Of Qwen2.5-0.5B, with the larger models' vocabulary; and the tokens whose log-probabilities are read."""
+
+
+def read_gradients(tokens: int) -> dict[str, Any]:
+    """In a process of its own: MB that log-probabilities of so many tokens, a loss and its gradients add to the peak,
+    beyond the hidden states and the weights; computed in bfloat16 over float32 weights, as in training.
+    """
+    hidden = torch.randn(READ, WIDTH).requires_grad_()
+    weight = (torch.randn(VOCABULARY, WIDTH) / WIDTH**0.5).requires_grad_()
+    chosen = torch.randint(VOCABULARY, (READ,))
+    before, begun = _memory("VmRSS"), time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        read = hidden[:tokens]
+        logprobs, _ = Readout.apply(read, weight, None, chosen[:tokens], Finish())  # type: ignore[no-untyped-call]
+    loss = -logprobs.mean()
+    loss.backward()
+    return {
+        "tokens": tokens,
+        "extra_mb": round(_memory("VmHWM") - before),
+        "of_which_gradients_mb": round((weight.nbytes + hidden.nbytes) / 1e6),
+        "whole_logits_mb": round(tokens * VOCABULARY * 4 / 1e6),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def _memory(name: str) -> float:
+    rows = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
+    return int(rows[name].split()[0]) * 1024 / 1e6
+
+
+def memory() -> dict[str, Any]:
+    """The same for a quarter of the tokens and for all of them: it should not grow with their number."""
+    figures = [fresh(read_gradients, tokens)[0] for tokens in (READ // 4, READ)]
+    return {"width": WIDTH, "vocabulary": VOCABULARY, "few": figures[0], "all": figures[1]}
+
+
+def steps() -> dict[str, Any]:
+    """Phases of a step on real text, and how its time grows with turns, group size and length of actions."""
+    with tempfile.TemporaryDirectory() as scratch:
+        index = Bm25Index.build(read_corpus(PASSAGES), Path(scratch) / "index")
+        rows = [phases(index, **own) for own in GROWTH]
+    return {"environment_share": rows[0]["environment_share"], "rows": rows}
+
+
+GROWTH: tuple[dict[str, int], ...] = ({}, {"turns": 2}, {"group": 4}, {"new": 64})
+
+
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="update; all by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="update, memory, steps, engines; all by default.")] = None,
 ) -> None:
     """Run everything and print it; what is done is written before the next part begins."""
+    parts: dict[str, Callable[[], Any]] = {
+        "update": lambda: {name: update(name) for name in EPISODES},
+        "engines": lambda: {name: engines(make(), 16, 32, continuous=False) for name, make in MODELS.items()},
+        "memory": memory,
+        "steps": steps,
+    }
     figures: dict[str, Any] = where() | {"threads": torch.get_num_threads()}
-    for name in ["tiny"]:
-        figures[f"update, {name}"] = update(name)
-        console.print_json(data=figures[f"update, {name}"])
-    if out is not None:
-        write_json(out, figures)
+    if out is not None and out.exists() and only:
+        figures |= {name: own for name, own in json.loads(out.read_text()).items() if name not in figures}
+    for name in only or parts:
+        figures[name] = parts[name]()
+        console.print_json(data={name: figures[name]})
+        figures |= headline(figures)
+        if out is not None:
+            write_json(out, figures)
+
+
+def headline(figures: dict[str, Any]) -> dict[str, float]:
+    """The worst of each, of what has been run."""
+    found: dict[str, float] = {}
+    if "update" in figures:
+        found["update_over_trl"] = min(own["over_trl"] for own in figures["update"].values())
+    if "engines" in figures:
+        found["rollout_over_engine"] = min(own["rollout_over_engine"] for own in figures["engines"].values())
+    if "steps" in figures:
+        found["environment_share"] = figures["steps"]["environment_share"]
+    return found
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from agentgym_ig.trainers.adapters import with_lora
 from agentgym_ig.trainers.learner import checkpoint_layers
 
-_KERNEL = "sdpa_without_mask"
+_KERNEL = "agentgym_ig_planned"
 """Attention as it is by default, where a batch without a mask is causal. On fake tensors transformers would make a mask
 of all pairs of tokens for it, as it does for models that are compiled.
 """
@@ -164,7 +164,7 @@ def counts(own: Sketch) -> Counts:
         layer=max(map(_size, blocks), default=0),
         outside=parameters - _size(blocks),
         multiplied=parameters - (0 if tied else looked_up.numel()),
-        trunk=plain - (0 if tied else output.numel()) + output.shape[1],
+        trunk=plain - (0 if tied else output.numel()) + output.shape[1] + 1,
         attention=len(blocks) * config.num_attention_heads * head,
         vocabulary=output.shape[0],
         width=output.shape[1],

@@ -13,9 +13,9 @@ from agentgym_ig.answers import score
 from agentgym_ig.envs.rollout import VectorSearch
 from agentgym_ig.envs.wrappers import channels_of, layers
 from agentgym_ig.guide import verdict
-from agentgym_ig.lm.policy import LocalPolicy
+from agentgym_ig.lm.policy import LocalPolicy, TransformersPolicy
 from agentgym_ig.policies import Policy
-from agentgym_ig.trainers import ranks
+from agentgym_ig.trainers import ranks, sharding
 from agentgym_ig.trainers.adapters import is_adapted
 from agentgym_ig.trainers.alarms import alarms
 from agentgym_ig.trainers.checkpoint import save_checkpoint, save_model
@@ -98,7 +98,9 @@ def _check_answers(run: Run) -> None:
 
 
 def _check_engine(run: Run) -> None:
-    """Raise ValueError for an engine that samples otherwise than the policy is trained to."""
+    """Raise ValueError for an engine that samples otherwise than the policy is trained to, or cannot have shards."""
+    if sharding.asked() and not isinstance(run.policy, TransformersPolicy):
+        raise ValueError("divided weights are sampled from by a TransformersPolicy alone; take --engine transformers")
     for name in ("temperature", "max_new_tokens"):
         own, wanted = getattr(run.engine, name, None), getattr(run.policy, name)
         if own not in (None, wanted):

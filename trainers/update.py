@@ -51,6 +51,7 @@ class Update:
                 except FloatingPointError:
                     self.learner.optimizer.zero_grad()
                     skipped += 1
+        self.learner.optimizer.zero_grad()  # the next rollout needs their memory
         names = stats[0] if stats else {}
         figures = {name: math.fsum(own[name] for own in stats) / len(stats) for name in names}
         return figures | {"updates": len(stats), "skipped_updates": skipped}

@@ -57,6 +57,15 @@ ShardOption = Annotated[
 ]
 
 
+def join_processes(device: str) -> str:
+    """Be one of the processes that a launcher has started, if one has; the first alone speaks. Returns its device."""
+    from agentgym_ig.trainers import ranks
+
+    device = ranks.join(device)
+    console.quiet = not ranks.first()
+    return device
+
+
 def check_processes(gpus: int | None, shard: str | None) -> None:
     """Raise ValueError where a run meant for several GPUs was started otherwise. None is as it was started."""
     from agentgym_ig.trainers import ranks, sharding

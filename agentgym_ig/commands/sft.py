@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,8 @@ def sft(
     from agentgym_ig.trainers.sft import sft as fine_tune
     from agentgym_ig.trainers.tinywiki import WARM_START
 
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"{processes} processes were started, and sft learns in one; start it by agentgym-ig sft")
     if small := model == WARM_START:
         prepare_for_small_models()
     given: dict[str, Any] = {

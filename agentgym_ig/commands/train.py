@@ -25,6 +25,7 @@ from agentgym_ig.commands.plan import (
     GpusOption,
     ShardOption,
     check_processes,
+    join_processes,
     show_dry_run,
 )
 
@@ -100,12 +101,10 @@ def train(
         prepare_for_small_models,
         training_config,
     )
-    from agentgym_ig.trainers import ranks
     from agentgym_ig.trainers.loop import Run
     from agentgym_ig.trainers.loop import train as run_training
 
-    device = ranks.join(device)
-    console.quiet = not ranks.first()
+    device = join_processes(device)
     tiny = suite == "tinywiki"
     if tiny:
         prepare_for_small_models()
