@@ -84,8 +84,8 @@ def episodes_of(name: str, vocabulary: int) -> list[Encoded]:
         for turn in range(turns):
             parts += [(turn, draw.randint(*ACTION)), (OBSERVED, draw.randint(*REPLY))]
         parts[-1] = (turns, draw.randint(*ACTION))
-        turn = [own for own, length in parts for _ in range(length)]
-        found.append(Encoded([draw.randrange(10, vocabulary) for _ in turn], turn, []))
+        written = [own for own, length in parts for _ in range(length)]
+        found.append(Encoded([draw.randrange(10, vocabulary) for _ in written], written, []))
     return found
 
 

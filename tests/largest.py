@@ -12,7 +12,7 @@ class LargestLogits(TorchDispatchMode):
     """Notes the most rows of any tensor whose last axis is the vocabulary."""
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary, self.rows = vocabulary, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agentgym_ig.errors import OutOfMemory
+from agentgym_ig.lm.policy import TransformersPolicy
 from agentgym_ig.trainers import recipe, train
 from agentgym_ig.trainers.loop import prepare, train_step
 from agentgym_ig.trainers.losses import clipped_loss
@@ -64,8 +65,8 @@ def test_the_other_phases_are_halved_too(
     phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = fresh(tmp_path, "igpo", micro_batch=8)
-    run.policy.batch_size = 8
-    run.policy.max_cached_tokens = 0
+    assert isinstance(run.policy, TransformersPolicy)
+    run.policy.batch_size, run.policy.max_cached_tokens = 8, 0
     learner, _ = prepare(run)
     inner = run.policy.model.model.forward
 

@@ -50,11 +50,12 @@ def test_values_and_gradients_are_those_of_the_formula(
     name: str, rows: int, about: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readout, "CHUNK_BYTES", rows * 4 * 17)
-    *inputs, tokens = drawn()
+    hidden, weight, bias, tokens = drawn()
+    inputs = [hidden, weight, bias]
     pulls = torch.randn(2, len(tokens), generator=torch.Generator().manual_seed(1))
     pulls *= torch.tensor([[about != "entropies"], [about != "logprobs"]])
     found = readout._Readout.apply(*inputs, tokens, FINISHES[name])  # type: ignore[no-untyped-call]
-    wanted = plainly(*inputs, tokens, FINISHES[name])
+    wanted = plainly(hidden, weight, bias, tokens, FINISHES[name])
     for one, other in zip(found, wanted, strict=True):
         assert_close(one.double(), other, atol=2e-6, rtol=0)
     chosen = [about != "entropies", about != "logprobs"]

@@ -72,8 +72,8 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
     schedule = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps)
     if config.warmup_steps:
         next_rate(schedule)  # it begins at 0, which would waste the first batch
-    passes = {"scoring": Portion("score", config.micro_batch), "updating": Portion("update", config.micro_batch)}
-    return Learner(model, tokenizer, optimizer, schedule, critic, **passes)
+    scoring, updating = Portion("score", config.micro_batch), Portion("update", config.micro_batch)
+    return Learner(model, tokenizer, optimizer, schedule, critic, scoring=scoring, updating=updating)
 
 
 def checkpoint_layers(model: Any) -> None:
