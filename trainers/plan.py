@@ -14,11 +14,11 @@ from types import MappingProxyType
 from typing import Any
 
 from agentgym_ig.trainers.footprint import Counts, Sketch, activations, configuration, counts, reading
+from agentgym_ig.trainers.readout import CHUNK_BYTES
 
-CHUNK = 1024
-"""Tokens whose logits over the whole vocabulary stand in memory at one time when likelihoods are read."""
-LOGIT_BYTES = 12
-"""For each of those: the logit, its log-probability and its gradient, in float32."""
+LOGIT_BYTES = 16
+"""For each logit of the tokens that are read at one time (`readout.CHUNK_BYTES`): itself, its distance to the sum, its
+share and its gradient, in float32."""
 READ_LOGIT_BYTES = 10
 """The same where no gradient is wanted: between two and three copies, as processes were measured to hold."""
 SAMPLER_BYTES = 40
@@ -197,7 +197,7 @@ def plan(job: Job) -> Plan:
     critic = 12 * own.trunk // job.parts if job.critic else 0
     gathered = size * (own.outside + 2 * own.layer) if job.parts > 1 else 0
     copied = size * own.parameters if job.parts > 1 else 0
-    chunk = min(CHUNK, job.micro_batch * job.context)
+    chunk = min(max(CHUNK_BYTES // (4 * own.vocabulary), 1), job.micro_batch * job.context)
     logits = chunk * own.vocabulary * LOGIT_BYTES + _output_layer(job, own)
     cache, sampling = _rollout(job, own)
     scoring = _scoring(job) + chunk * own.vocabulary * READ_LOGIT_BYTES

@@ -29,6 +29,7 @@ from agentgym_ig.trainers.config import TrainConfig
 from agentgym_ig.trainers.interrupt import Interruptible
 from agentgym_ig.trainers.journal import CHECKPOINTS, append, begin, stop_if_not_finite
 from agentgym_ig.trainers.learner import Learner, make_learner, next_rate, precision, take_step
+from agentgym_ig.trainers.packing import packing
 from agentgym_ig.trainers.readout import Model
 from agentgym_ig.trainers.reference import weights_digest
 from agentgym_ig.trainers.scoring import token_logprobs
@@ -207,10 +208,11 @@ def learn(learner: Learner, encoded: Sequence[Encoded], config: TrainConfig) -> 
     for first in range(0, len(rows), config.micro_batch):
         batch = pad(rows[first : first + config.micro_batch], device)
         weight = weights[first : first + len(batch.ids), : batch.ids.shape[1]].to(device, torch.float32)
-        with precision(config, device):
-            logprobs = token_logprobs(learner.model, batch, wanted=batch.sampled)
-        part = -(logprobs * weight).sum()
-        part.backward()
+        with packing(learner.model):
+            with precision(config, device):
+                logprobs = token_logprobs(learner.model, batch, wanted=batch.sampled)
+            part = -(logprobs * weight).sum()
+            part.backward()
         loss += float(part.detach())
     (norm,) = take_step(learner, [loss], config.max_grad_norm)
     return {"loss": loss, "tokens": int(sampled.sum()), "grad_norm": norm}
