@@ -125,7 +125,7 @@ def plot_map(cells: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     for axis, success in zip(axes, starts, strict=True):
         table = [[cells[f"h{h}-s{success}, groups of {g}"] for g in groups] for h in hops]
         logs = [[math.log2(own["ratio"][0]) for own in row] for row in table]
-        image = axis.imshow(logs, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
+        image = axis.imshow(logs, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
         for y, row in enumerate(table):
             for x, own in enumerate(row):
                 ends = [round(100 * own[f"{who}_id_em"][0]) for who in ("grpo", "igpo")]
