@@ -130,7 +130,8 @@ def plot_map(cells: Mapping[str, Mapping[str, Any]], out: Path) -> None:
             for x, own in enumerate(row):
                 ends = [round(100 * own[f"{who}_id_em"][0]) for who in ("grpo", "igpo")]
                 text = f"{own['ratio'][0]:.2f}\n{ends[0]} → {ends[1]} %"
-                axis.text(x, y, text, ha="center", va="center", fontsize=9, color="#111111")
+                dark = abs(math.log2(own["ratio"][0])) > 1.8
+                axis.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if dark else "#111111")
         axis.set_xticks(range(3), groups)
         axis.set_xlabel("group size")
         axis.set_title(f"{success} % success at the start", fontsize=10)
