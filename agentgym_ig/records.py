@@ -50,12 +50,12 @@ def from_json(row: dict[str, Any]) -> Trajectory:
 def _line(episode: Trajectory) -> bytes:
     row = to_json(episode)
     try:
-        return json.dumps(row, ensure_ascii=False, default=_number).encode() + b"\n"
+        return json.dumps(row, ensure_ascii=False, default=plain_number).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and UTF-8 cannot
-        return json.dumps(row, default=_number).encode() + b"\n"
+        return json.dumps(row, default=plain_number).encode() + b"\n"
 
 
-def _number(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """A number of NumPy's as one of Python's."""
     return value.item()
 

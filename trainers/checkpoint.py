@@ -38,7 +38,7 @@ def save_checkpoint(folder: Path, step: int, learner: Learner, settings: dict[st
     seed, which is among the settings, and the step.
     """
     target = folder / f"step-{step:06d}"
-    weights = whole_state(learner.model)
+    weights = _divided_weights(learner.model)
     critic = None if learner.critic is None else whole_state(learner.critic)
     state = learner.optimizer.state_dict()
     tensors = {f"{i}.{name}": whole(value) for i, own in state["state"].items() for name, value in own.items()}
@@ -73,19 +73,23 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
     The folder is replaced, and only by a whole one.
     """
-    weights = whole_state(model)
+    weights = _divided_weights(model)
     if ranks.first():
         plain = model
         if is_adapted(model):
-            plain = merged(with_weights(model, weights) if averaged_over(model) > 1 else model)
-            weights = plain.state_dict()
+            plain, weights = merged(model if weights is None else with_weights(model, weights)), None
         partial = _empty(folder.with_name(f".{folder.name}.partial"))
         _write_model(partial, plain, tokenizer, weights)
         _put(partial, folder)
     ranks.wait()
 
 
-def _write_model(folder: Path, model: Any, tokenizer: Any, weights: dict[str, torch.Tensor]) -> None:
+def _divided_weights(model: Any) -> dict[str, torch.Tensor] | None:
+    """The whole weights of a model that is divided among the ranks, all of which must ask; None where it is whole."""
+    return whole_state(model) if averaged_over(model) > 1 else None
+
+
+def _write_model(folder: Path, model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None) -> None:
     # Without the keyword peft looks the base model up at the hub, to see whether its embedding has grown.
     own = {"save_embedding_layers": False} if is_adapted(model) else {}
     model.save_pretrained(folder, state_dict=weights, **own)

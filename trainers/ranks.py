@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agentgym_ig.records import plain_number
+
 Row = TypeVar("Row")
 
 _joined = False
@@ -32,11 +34,11 @@ def join(device: str) -> str:
 
     device: as the user named it; of several GPUs, each rank takes its own.
     """
-    from accelerate import PartialState
-
     global _joined
     if not dist.is_torchelastic_launched():
         return device
+    from accelerate import PartialState
+
     _joined = True
     state = PartialState(cpu=device == "cpu")
     return device if device == "cpu" else str(state.device)
@@ -67,7 +69,7 @@ def gather(value: Any) -> list[Any]:
     """Every rank's value, in the order of the ranks: numbers, texts, lists and dicts of them, as JSON has them."""
     if count() == 1:
         return [value]
-    payload = torch.tensor(np.frombuffer(json.dumps(value, default=_number).encode(), np.uint8)).to(_device())
+    payload = torch.tensor(np.frombuffer(json.dumps(value, default=plain_number).encode(), np.uint8)).to(_device())
     lengths = [torch.zeros(1, dtype=torch.long, device=payload.device) for _ in range(count())]
     dist.all_gather(lengths, torch.tensor([len(payload)], device=payload.device))
     longest = max(int(length) for length in lengths)
@@ -109,11 +111,6 @@ def _add_up(gradients: Sequence[Tensor]) -> None:
     dist.all_reduce(flat)
     for own, total in zip(gradients, flat.split([own.numel() for own in gradients]), strict=True):
         own.copy_(total.view_as(own))
-
-
-def _number(value: Any) -> Any:
-    """A number of NumPy's as one of Python's."""
-    return value.item()
 
 
 def _device() -> torch.device:

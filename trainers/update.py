@@ -20,7 +20,7 @@ from agentgym_ig.trainers.learner import Learner, precision, take_step
 from agentgym_ig.trainers.loss_statistics import loss_statistics, loss_sums
 from agentgym_ig.trainers.packing import packing
 from agentgym_ig.trainers.recipes import Recipe
-from agentgym_ig.trainers.scoring import token_entropies, token_logprobs
+from agentgym_ig.trainers.scoring import token_entropies
 from agentgym_ig.trainers.sharding import averaged_over
 
 
@@ -101,25 +101,21 @@ class Update:
         terms are nan, and all ranks find the gradient not to be finite.
         """
         model, mask = self.learner.model, batch.sampled
-        entropies: Tensor | None = None
         with precision(self.config, batch.ids.device):
-            if self.recipe.entropy:
-                logprobs, entropies = token_entropies(model, batch, self.temperature, wanted=mask)
-            else:
-                logprobs = token_logprobs(model, batch, self.temperature, wanted=mask)
+            logprobs, entropies = token_entropies(model, batch, self.temperature, wanted=mask)
             values = self.learner.critic(batch) if self.learner.critic is not None else None
-        read = [logprobs] + [own for own in (entropies, values) if own is not None]
         try:
             return self._terms_of(logprobs, entropies, values, columns, mask)
         except FloatingPointError:
             if ranks.count() == 1:
                 raise
-            return {"policy_loss": torch.stack([own.float() for own in read]).sum(0) * torch.nan}, {}
+            read = logprobs if values is None else logprobs + values.float()
+            return {"policy_loss": read * torch.nan}, {}
 
     def _terms_of(
         self,
         logprobs: Tensor,
-        entropies: Tensor | None,
+        entropies: Tensor,
         values: Tensor | None,
         columns: dict[str, Tensor],
         mask: Tensor,
@@ -130,7 +126,7 @@ class Update:
             terms["policy_loss"] = terms["policy_loss"] * columns["importance"]
         if recipe.kl:
             terms["kl_loss"] = recipe.kl * kl_loss(logprobs, columns["reference"], recipe.kl_estimator, mask=mask)
-        if entropies is not None:
+        if recipe.entropy:
             terms["entropy_loss"] = -recipe.entropy * entropies
         if values is not None:
             terms["value_loss"] = value_loss(values.float(), columns["returns"], columns["values"], mask=mask)
