@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         venv.create(Path(scratch) / "venv", with_pip=True)
         programs = Path(scratch) / "venv" / "bin"
-        pip = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [str(programs / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), f"{wheel}[cpu]"], check=True)
         smoke = [str(programs / "agentgym-ig"), "eval", "--suite", "tinywiki", "--limit", "10"]
         subprocess.run(smoke, check=True, cwd=scratch)

@@ -52,10 +52,13 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def side_by_side(functions: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-    """The best time in seconds of each function, run in turns so that a busy moment hits all of them alike."""
+def side_by_side(functions: dict[str, Callable[[], Any]], rounds: int = 5, *, warm: bool = False) -> dict[str, float]:
+    """The best time in seconds of each function, run in turns so that a busy moment hits all of them alike.
+
+    warm: they have been called before; else each is called once more, first.
+    """
     best = dict.fromkeys(functions, float("inf"))
-    for function in functions.values():
+    for function in () if warm else functions.values():
         function()
     for _ in range(rounds):
         for name, function in functions.items():

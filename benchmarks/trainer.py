@@ -38,8 +38,7 @@ from agentgym_ig.trainers import Scorer, TrainConfig, recipe
 from agentgym_ig.trainers.collect import draw_starts
 from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.learner import make_learner
-from agentgym_ig.trainers.readout import Finish
-from agentgym_ig.trainers.readout import _Readout as Readout
+from agentgym_ig.trainers.readout import logprobs_and_entropies
 from agentgym_ig.trainers.tinywiki import (
     WARM_START,
     load_policy_model,
@@ -59,7 +58,7 @@ EPISODES = {"tiny": 96, "0.1B": 8}
 PROMPT, ACTION, REPLY, TURNS = (150, 250), (40, 120), (350, 450), (1, 5)
 """Tokens of made-up episodes, and turns: from, to."""
 RATE = 1e-6
-ROUNDS = {"tiny": 7, "0.1B": 1}
+ROUNDS = {"tiny": 7, "0.1B": 2}
 
 
 def model_of(name: str) -> tuple[Any, Any]:
@@ -160,7 +159,7 @@ def update(name: str) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         (own, model), (other, _) = ours(name), theirs(name, Path(folder))
         losses = [(own(), other()) for _ in range(2)]
-        best = side_by_side({"ours": own, "trl": other}, rounds=ROUNDS[name])
+        best = side_by_side({"ours": own, "trl": other}, rounds=ROUNDS[name], warm=True)
     encoded = episodes_of(name, model.config.vocab_size)
     lengths = [len(each.ids) for each in encoded]
     return {
@@ -190,7 +189,7 @@ def read_gradients(tokens: int) -> dict[str, Any]:
     before, begun = _memory("VmRSS"), time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
         read = hidden[:tokens]
-        logprobs, _ = Readout.apply(read, weight, None, chosen[:tokens], Finish())  # type: ignore[no-untyped-call]
+        logprobs, _ = logprobs_and_entropies(read, weight, None, chosen[:tokens])
     loss = -logprobs.mean()
     loss.backward()
     return {

@@ -26,8 +26,16 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from agentgym_ig.lm.arguments import with_cache
 from agentgym_ig.remote import OpenAIPolicy, OpenAIServer
 from agentgym_ig.types import Action, Conversation, Message
 from tests.test_server import free_port
@@ -251,10 +259,11 @@ class Small:
         random = torch.Generator().manual_seed(asked.get("seed", 0))
         written: list[int] = []
         logprobs: list[float] = []
-        text, reason, stop, cache = "", "length", None, None
+        text, reason, stop = "", "length", None
+        cache = with_cache(self.model, DynamicCache(config=self.model.config))
         while len(written) < asked["max_tokens"]:
-            out = self.model(input_ids=torch.tensor([written[-1:] or ids]), past_key_values=cache, use_cache=True)
-            last, cache = torch.log_softmax(out.logits[0, -1].float(), -1), out.past_key_values
+            out = self.model(input_ids=torch.tensor([written[-1:] or ids]), **cache)
+            last = torch.log_softmax(out.logits[0, -1].float(), -1)
             probable = torch.softmax(last / (temperature or 1), -1)
             token = int(torch.multinomial(probable, 1, generator=random) if temperature else last.argmax())
             written.append(token)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agentgym_ig.errors import OutOfMemory
+from agentgym_ig.lm.arguments import CACHE_NAMES
 from agentgym_ig.lm.policy import TransformersPolicy
 from agentgym_ig.trainers import recipe, train
 from agentgym_ig.trainers.loop import prepare, train_step
@@ -71,7 +72,8 @@ def test_the_other_phases_are_halved_too(
     inner = run.policy.model.model.forward
 
     def forward(*args: Any, **own: Any) -> Any:
-        generating = own.get("past_key_values") is not None and own["input_ids"].shape[1] == 1
+        caching = any(own.get(name) is not None for name in CACHE_NAMES)
+        generating = caching and own["input_ids"].shape[1] == 1
         if generating == (phase == "rollout") and len(own["input_ids"]) > 4:
             too_much()
         return inner(*args, **own)

@@ -35,6 +35,11 @@ def drawn(count: int = 23, width: int = 6, vocabulary: int = 17) -> list[Tensor]
     return [hidden, weight, bias, torch.randint(vocabulary, (count,), generator=generator)]
 
 
+def set_tile(monkeypatch: pytest.MonkeyPatch, rows: int, words: int) -> None:
+    monkeypatch.setattr(readout, "TILE", rows * words)
+    monkeypatch.setattr(readout, "ROWS", rows)
+
+
 def plainly(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, finish: Finish) -> tuple[Tensor, Tensor]:
     logits = (hidden.double() @ weight.double().T + bias.double()) * finish.scale
     if finish.cap is not None:
@@ -44,17 +49,17 @@ def plainly(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, finish
 
 
 @pytest.mark.parametrize("name", FINISHES)
-@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize(("rows", "words"), [(1, 1), (5, 4), (7, 17), (1000, 6), (1000, 1000)])
 @pytest.mark.parametrize("about", ["logprobs", "entropies", "both"])
 def test_values_and_gradients_are_those_of_the_formula(
-    name: str, rows: int, about: str, monkeypatch: pytest.MonkeyPatch
+    name: str, rows: int, words: int, about: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readout, "CHUNK_BYTES", rows * 4 * 17)
+    set_tile(monkeypatch, rows, words)
     hidden, weight, bias, tokens = drawn()
     inputs = [hidden, weight, bias]
     pulls = torch.randn(2, len(tokens), generator=torch.Generator().manual_seed(1))
     pulls *= torch.tensor([[about != "entropies"], [about != "logprobs"]])
-    found = readout._Readout.apply(*inputs, tokens, FINISHES[name])  # type: ignore[no-untyped-call]
+    found = readout.logprobs_and_entropies(*inputs, tokens, FINISHES[name])
     wanted = plainly(hidden, weight, bias, tokens, FINISHES[name])
     for one, other in zip(found, wanted, strict=True):
         assert_close(one.double(), other, atol=2e-6, rtol=0)
@@ -71,19 +76,22 @@ def test_values_and_gradients_are_those_of_the_formula(
 
 def test_a_frozen_output_layer_gets_no_gradient() -> None:
     hidden, weight, _, tokens = drawn()
-    logprobs, _ = readout._Readout.apply(hidden, weight.detach(), None, tokens, Finish())  # type: ignore[no-untyped-call]
+    logprobs, _ = readout.logprobs_and_entropies(hidden, weight.detach(), None, tokens, Finish())
     logprobs.sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
 
 
-def test_a_logit_at_minus_infinity_has_no_share() -> None:
+@pytest.mark.parametrize("words", [1, 3, 1000])
+def test_a_logit_at_minus_infinity_has_no_share(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_tile(monkeypatch, 4, words)
     hidden, weight, bias, tokens = drawn()
+    barred = [0, 3, 16]
     with torch.no_grad():
-        bias[3] = -torch.inf
-    tokens = tokens.where(tokens != 3, 4)
-    logprobs, entropies = readout._Readout.apply(hidden, weight, bias, tokens, Finish())  # type: ignore[no-untyped-call]
-    kept = [place for place in range(17) if place != 3]
+        bias[barred] = -torch.inf
+    tokens = tokens.where(~torch.isin(tokens, torch.tensor(barred)), 4)
+    logprobs, entropies = readout.logprobs_and_entropies(hidden, weight, bias, tokens, Finish())
+    kept = [place for place in range(17) if place not in barred]
     at = torch.tensor([kept.index(int(token)) for token in tokens])
     wanted = plainly(hidden, weight[kept], bias[kept], at, Finish())
     assert_close(logprobs.double(), wanted[0], atol=2e-6, rtol=0)
@@ -96,7 +104,7 @@ def test_a_logit_at_minus_infinity_has_no_share() -> None:
 def test_bfloat16_is_read_as_autocast_reads_it() -> None:
     hidden, weight, bias, tokens = drawn(400, 64, 300)
     with torch.autocast("cpu", torch.bfloat16):
-        logprobs, _ = readout._Readout.apply(hidden, weight, bias, tokens, Finish())  # type: ignore[no-untyped-call]
+        logprobs, _ = readout.logprobs_and_entropies(hidden, weight, bias, tokens, Finish())
         own = nn.functional.linear(hidden, weight, bias).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     assert_close(logprobs, own, atol=1e-5, rtol=0)
     exact = plainly(hidden, weight, bias, tokens, Finish())[0]
@@ -119,7 +127,7 @@ def batch_of(lengths: tuple[int, ...]) -> TokenBatch:
 def test_a_whole_model_gets_the_gradient_of_its_own_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = untrained(family), batch_of((20, 12))
     vocabulary = model.config.vocab_size
-    monkeypatch.setattr(readout, "CHUNK_BYTES", 7 * 4 * vocabulary)
+    set_tile(monkeypatch, 7, vocabulary)
     logits = model(batch.ids[:, :-1]).logits / 0.7
     chance = torch.distributions.Categorical(logits=logits)
     columns = [chance.log_prob(batch.ids[:, 1:]), chance.entropy()]

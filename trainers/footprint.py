@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from agentgym_ig.lm.arguments import with_cache
 from agentgym_ig.trainers.adapters import with_lora
 from agentgym_ig.trainers.learner import checkpoint_layers
 
@@ -243,8 +244,9 @@ def reading(own: Sketch, rows: int, tokens: int, *, bf16: bool, masked: bool, dt
             mask = torch.empty(rows, 1, tokens, tokens, dtype=torch.bool) if masked else None
             ids = torch.zeros(rows, tokens, dtype=torch.long)
             with Held(model) as held, torch.autocast("cpu", torch.bfloat16, enabled=bf16 and dtype == "float32"):
-                out = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=True)
-            kept = [own for layer in out.past_key_values.layers for own in (layer.keys, layer.values)]
+                decoder, cache = model.get_decoder(), DynamicCache(config=model.config)
+                decoder(input_ids=ids, attention_mask=mask, **with_cache(decoder, cache))
+            kept = [own for layer in cache.layers for own in (layer.keys, layer.values)]
         return held.peak + (0 if mask is None else mask.nbytes), sum(own.nbytes for own in kept)
 
     return Reading(*_at_full_depth(own, stages))

@@ -1,7 +1,7 @@
 """From hidden states to the log-probabilities and entropies of tokens, without ever holding the logits of all of them.
 
-32,000 tokens of a vocabulary of 152,000 have logits of 19 GB. Here a few hundred tokens have theirs at a time, once
-forwards and once more backwards, and what stays is a number a token.
+32,000 tokens of a vocabulary of 152,000 have logits of 19 GB. Here some tokens have theirs for some words at a time, once
+forwards and once more backwards, and what stays is a few numbers a token.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from agentgym_ig.lm.alone import alone_with
 Model = Any
 """A transformers causal language model; its own classes are only partly typed."""
 
-CHUNK_BYTES = 2**27
-"""Of float32 logits at a time. Some four times as much is alive at once, in the update."""
+TILE = 2**24
+"""Logits that are there at a time, forwards and backwards: 64 MB in float32, and less than four times that with what is
+made of them.
+"""
+ROWS = 2048
+"""Tokens of a tile, if a vocabulary is too large for all its words to be in it: with few of them most of the time would
+go into reading the output layer's weights again.
+"""
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Names by which families multiply their logits (Cohere, Muse, Falcon-H1)."""
@@ -42,13 +48,14 @@ class Finish:
             logits = logits.div_(self.cap).tanh_().mul_(self.cap)
         return logits.div_(self.temperature) if self.temperature != 1.0 else logits
 
-    def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient by the output layer's logits, from that by `logits`, which it overwrites."""
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """The derivative of `logits` by what the cap was put on; None without a cap."""
+        return None if self.cap is None else logits.mul(self.temperature / self.cap).square_().neg_().add_(1.0)
+
+    def backward(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
+        """The gradient by the output layer's logits, from that by the finished ones, which it overwrites."""
         gradient.mul_(self.scale / self.temperature)
-        if self.cap is not None:
-            bent = logits.mul(self.temperature / self.cap).square_().neg_().add_(1.0)
-            gradient.mul_(bent)
-        return gradient
+        return gradient if slope is None else gradient.mul_(slope)
 
 
 def finish_of(model: Model) -> Finish:
@@ -62,7 +69,8 @@ def finish_of(model: Model) -> Finish:
 
 
 class _Readout(torch.autograd.Function):
-    """Log-probabilities (N,) and entropies (N,), float32, of tokens (N,) under hidden (N, H) @ weight (V, H)ᵀ + bias.
+    """`logprobs_and_entropies`, tile by tile: some tokens times some words, and the sums of a token's softmax carried
+    from tile to tile (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax").
 
     With z the finished logits, p = softmax(z) and H the entropy: ∂ log p_t / ∂ z_j = [j = t] - p_j and
     ∂ H / ∂ z_j = - p_j (log p_j + H).
@@ -79,14 +87,14 @@ class _Readout(torch.autograd.Function):
         bias = None if bias is None else bias.to(computed)
         logprobs, entropies, totals = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         with torch.autocast(device, enabled=False):
-            for rows in _chunks(len(hidden), len(weight)):
-                logits = finish(nn.functional.linear(hidden[rows], weight, bias))
-                highest = logits.amax(-1, keepdim=True)
-                shares = logits.sub(highest).exp_()  # once, for the sum and for the entropy
-                sums = shares.sum(-1)
-                totals[rows] = highest[:, 0] + sums.log()
-                logprobs[rows] = logits.gather(-1, tokens[rows, None])[:, 0] - totals[rows]
-                entropies[rows] = totals[rows] - shares.mul_(logits).nansum(-1) / sums  # 0 of a logit at -inf is nan
+            for rows, every in _tiles(len(hidden), len(weight)):
+                sums = _Sums(tokens[rows])
+                for words in every:
+                    raw = nn.functional.linear(hidden[rows], weight[words], None if bias is None else bias[words])
+                    sums.add(finish(raw), words)
+                totals[rows] = sums.total
+                logprobs[rows] = sums.chosen - totals[rows]
+                entropies[rows] = totals[rows] - sums.moment / sums.shares
         context.save_for_backward(hidden, weight, bias, tokens, totals, entropies)
         context.finish = finish
         context.set_materialize_grads(False)
@@ -94,43 +102,103 @@ class _Readout(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
+        if by[0] is None and by[1] is None:
+            return (None,) * 5
         hidden, weight, bias, tokens, totals, entropies = context.saved_tensors
         asked = zip((hidden, weight, bias), context.types, context.needs_input_grad[:3], strict=True)
         found = [torch.zeros_like(own, dtype=kept) if wanted else None for own, kept, wanted in asked]
         of_hidden, of_weight, of_bias = found
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(hidden), len(weight)):
-                logits = context.finish(nn.functional.linear(hidden[rows], weight, bias))
+            for rows, every in _tiles(len(hidden), len(weight)):
                 by_logprob, by_entropy = (None if own is None else own[rows, None] for own in by)
-                gradient = _by_logits(
-                    logits, tokens[rows, None], totals[rows, None], entropies[rows, None], by_logprob, by_entropy
-                )
-                gradient = context.finish.backward(gradient, logits).to(hidden.dtype)
+                pulled = None if of_hidden is None else torch.zeros_like(of_hidden[rows], dtype=torch.float32)
+                for words in every:
+                    raw = nn.functional.linear(hidden[rows], weight[words], None if bias is None else bias[words])
+                    logits = context.finish(raw)
+                    slope = context.finish.slope(logits)
+                    gradient = _by_logits(
+                        logits, _Place.of(tokens[rows], words), totals[rows, None], entropies[rows, None],
+                        by_logprob, by_entropy,
+                    )  # fmt: skip
+                    gradient = context.finish.backward(gradient, slope).to(hidden.dtype)
+                    if pulled is not None:
+                        pulled += gradient @ weight[words]
+                    if of_weight is not None:
+                        _add_product(of_weight[words], gradient.T, hidden[rows])
+                    if of_bias is not None:
+                        of_bias[words] += gradient.sum(0)
                 if of_hidden is not None:
-                    of_hidden[rows] = (gradient @ weight).to(of_hidden.dtype)
-                if of_weight is not None:
-                    _add_product(of_weight, gradient.T, hidden[rows])
-                if of_bias is not None:
-                    of_bias += gradient.sum(0)
+                    of_hidden[rows] = pulled
         return of_hidden, of_weight, of_bias, None, None
 
 
+class _Sums:
+    """Over the words so far, (n,) each: the highest logit, Σ exp(z - highest), Σ z exp(z - highest), and the logit of
+    the token itself.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.shares, self.moment, self.chosen = (torch.zeros_like(tokens, dtype=torch.float32) for _ in range(3))
+        self.highest = torch.full_like(self.shares, -torch.inf)
+
+    def add(self, logits: Tensor, words: slice) -> None:
+        """Take in the logits (n, words) of some more words."""
+        highest = torch.maximum(self.highest, logits.amax(-1))
+        shift = highest.masked_fill(highest == -torch.inf, 0.0)  # -inf less -inf would be nan
+        shrunk = (self.highest - shift).exp_()
+        shares = logits.sub(shift[:, None]).exp_()  # once, for the sum and for the entropy
+        self.shares = self.shares * shrunk + shares.sum(-1)
+        self.moment = self.moment * shrunk + shares.mul_(logits).nansum(-1)  # 0 of a logit at -inf is nan
+        self.highest = highest
+        place = _Place.of(self.tokens, words)
+        self.chosen = torch.where(place.inside, logits.gather(-1, place.column)[:, 0], self.chosen)
+
+    @property
+    def total(self) -> Tensor:
+        """(n,) log Σ exp z."""
+        return self.highest + self.shares.log()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where (n,) tokens stand among some words: whether at all, (n,) bool, and the column, (n, 1)."""
+
+    inside: Tensor
+    column: Tensor
+
+    @staticmethod
+    def of(tokens: Tensor, words: slice) -> _Place:
+        inside = (tokens >= words.start) & (tokens < words.stop)
+        return _Place(inside, (tokens - words.start).clamp(0, words.stop - words.start - 1)[:, None])
+
+
 def _by_logits(
-    logits: Tensor, token: Tensor, total: Tensor, entropy: Tensor, by_logprob: Tensor | None, by_entropy: Tensor | None
+    logits: Tensor, token: _Place, total: Tensor, entropy: Tensor, by_logprob: Tensor | None, by_entropy: Tensor | None
 ) -> Tensor:
-    """(n, V) the gradient by finished logits, given those by log-probability and entropy; all others are (n, 1)."""
-    logshares = logits - total
-    shares = logshares.exp()
-    gradient = torch.zeros_like(logits) if by_entropy is None else logshares.add_(entropy).mul_(by_entropy)
-    if by_logprob is not None:
-        gradient.add_(by_logprob)
-    gradient.mul_(shares).neg_()
-    return gradient if by_logprob is None else gradient.scatter_add_(-1, token, by_logprob)
+    """(n, words) the gradient by finished logits, which it overwrites, given those by log-probability, by entropy, or
+    both; all others are (n, 1).
+    """
+    logshares = logits.sub_(total)
+    if by_entropy is None:
+        assert by_logprob is not None
+        gradient = logshares.exp_().mul_(by_logprob)
+    else:
+        shares = logshares.exp()
+        gradient = logshares.add_(entropy).mul_(by_entropy)
+        gradient = (gradient if by_logprob is None else gradient.add_(by_logprob)).mul_(shares)
+    gradient.neg_()
+    if by_logprob is None:
+        return gradient
+    return gradient.scatter_add_(-1, token.column, by_logprob * token.inside[:, None])
 
 
-def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
-    size = max(CHUNK_BYTES // (4 * vocabulary), 1)
-    return (slice(first, first + size) for first in range(0, count, size))
+def _tiles(count: int, vocabulary: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Some rows after the other, and for each all words in parts."""
+    words = min(vocabulary, max(TILE // ROWS, 1))
+    rows = max(TILE // words, 1)
+    every = [slice(first, min(first + words, vocabulary)) for first in range(0, vocabulary, words)]
+    return ((slice(first, min(first + rows, count)), every) for first in range(0, count, rows))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -139,6 +207,19 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+def logprobs_and_entropies(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, finish: Finish = Finish()
+) -> tuple[Tensor, Tensor]:
+    """(N,) the log-probabilities, in nats, of tokens (N,) under hidden (N, H) @ weight (V, H)ᵀ + bias (V,), finished, and
+    (N,) the entropies of the distributions that they are from. Both float32 and differentiable; under autocast the
+    products are in its type.
+
+    Beside inputs and gradients it holds `TILE` logits at a time, however many tokens and words there are.
+    """
+    read: tuple[Tensor, Tensor] = _Readout.apply(hidden, weight, bias, tokens, finish)  # type: ignore[no-untyped-call]
+    return read
 
 
 def read_tokens_at(
@@ -179,7 +260,7 @@ def _reading_head(
     def forward(hidden: Tensor) -> Tensor:
         rows = hidden[places]
         if plain:
-            logprobs, entropies = _Readout.apply(rows, head.weight, head.bias, tokens, finish)  # type: ignore[no-untyped-call]
+            logprobs, entropies = logprobs_and_entropies(rows, head.weight, head.bias, tokens, finish)
         else:
             every = finish(own(rows).clone()).log_softmax(-1)
             logprobs = every.gather(-1, tokens[:, None])[:, 0]

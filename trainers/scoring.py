@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from agentgym_ig.belief import with_belief
 from agentgym_ig.lm.alone import reading
+from agentgym_ig.lm.arguments import with_cache
 from agentgym_ig.lm.encode import OBSERVED, Branch, ConversationEncoder, Encoded
 from agentgym_ig.lm.kept import odd_positions
 from agentgym_ig.prompts import Prompt
@@ -60,7 +61,7 @@ def _read(
     row, before = wanted[:, 1:].nonzero(as_tuple=True)
     inputs, places = inputs_of(model, batch.ids, batch.real, (row, before))
     if cache is not None:
-        inputs |= {"past_key_values": cache, "use_cache": True}
+        inputs |= with_cache(model, cache)
     values, entropies = read_tokens_at(model, places, batch.ids[row, before + 1], temperature, inputs)
     return _placed(values, row, before + 1, batch.ids), _placed(entropies, row, before + 1, batch.ids)
 
@@ -86,9 +87,7 @@ def branch_beliefs(
         "input_ids": batch.ids,
         "position_ids": batch.positions,
         "attention_mask": _tree_masks(model, batch, cache.get_seq_length()),
-        "past_key_values": cache,
-        "use_cache": True,
-    }
+    } | with_cache(model, cache)
     logprobs, _ = read_tokens_at(model, (batch.row, batch.column), batch.token, temperature, inputs)
     means = iter([float(own.mean()) for own in logprobs.double().cpu().split(batch.scored.tolist())])
     return [[[next(means) for _ in answers] for _ in own] for own, answers in zip(stems, branches, strict=True)]

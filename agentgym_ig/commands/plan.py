@@ -73,7 +73,7 @@ def check_processes(gpus: int | None, shard: str | None) -> None:
     wanted, asked = gpus or ranks.count(), shard or ("fsdp" if sharding.asked() else "ddp")
     if ranks.count() == wanted and (wanted == 1 or sharding.asked() == (asked == "fsdp")):
         return
-    with as_file(files("agentgym_ig") / "launch" / f"{asked}.yaml") as config:
+    with as_file(files("agentgym_ig.launch") / f"{asked}.yaml") as config:
         start = f"accelerate launch --config_file {config} --num_processes {wanted} -m agentgym_ig train ..."
     raise ValueError(
         f"this run has {ranks.count()} process{'' if ranks.count() == 1 else 'es'}"

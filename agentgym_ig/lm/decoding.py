@@ -6,7 +6,6 @@ whole cache for each token.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
+
+from agentgym_ig.lm.arguments import accepted, with_cache
 
 _ROOM = 64
 """Columns that a cache is made longer than needed, at least."""
@@ -89,9 +90,9 @@ class Decoding:
         self._known = [0 if own is None else own.shape[2] for own in kept]
         self._past = self._width = 0
         self._mask: Tensor | None = None
-        accepted = _accepted(model)
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._wants_positions = "position_ids" in accepted
+        known = accepted(model)
+        self._settings = with_cache(model, self.cache) | ({"logits_to_keep": 1} if "logits_to_keep" in known else {})
+        self._wants_positions = "position_ids" in known
 
     def read(self) -> Tensor:
         """(B, vocabulary) logits behind the contexts."""
@@ -179,24 +180,6 @@ class Decoding:
 
     def _forward(self, ids: Tensor) -> Tensor:
         positions = {"position_ids": self._positions} if self._wants_positions else {}
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self._mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **positions,
-            **self._last_only,
-        )
+        out = self.model(input_ids=ids, attention_mask=self._mask, **positions, **self._settings)
         logits: Tensor = out.logits[:, -1]
         return logits
-
-
-def _accepted(model: Any) -> frozenset[str]:
-    """The arguments that the model's forward pass has a name for; an adapter passes all on."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    accepted = frozenset(inspect.signature(base.forward).parameters)
-    if "past_key_values" not in accepted:
-        raise ValueError(
-            f"{type(base).__name__} keeps no keys and values between tokens; serve it, and take OpenAIPolicy"
-        )
-    return accepted

@@ -1,0 +1,1 @@
+"""Configurations of `accelerate launch` for several processes: `ddp.yaml` and `fsdp.yaml`."""
