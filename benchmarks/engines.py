@@ -17,7 +17,7 @@ a GPU.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,25 @@ def conversations(batch: int) -> list[Conversation]:
     """Prompts of unequal length."""
     source = random.Random(0)
     return [Conversation((Message("user", words(source.randint(*PROMPT), source)),), seed) for seed in range(batch)]
+
+
+def played(policy: LocalPolicy, count: int, prompt: int, replies: Sequence[int]) -> list[Conversation]:
+    """Whole conversations: an opening of so many random words, an action, and replies of so many with an action behind
+    each.
+    """
+    source = random.Random(0)
+    talks = [Conversation((Message("user", words(prompt, source)),), seed) for seed in range(count)]
+    with session_of(policy):
+        for reply in (*replies, 0):
+            actions = policy(talks)
+            talks = [
+                own.plus(Message("assistant", action.text, action.token_ids))
+                for own, action in zip(talks, actions, strict=True)
+                if action is not None
+            ]
+            if reply:
+                talks = [own.plus(Message("tool", words(reply, source))) for own in talks]
+    return talks
 
 
 def bare(model: Any, contexts: list[list[int]], new: int) -> Callable[[], Any]:

@@ -23,13 +23,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from agentgym_ig.lm.encode import OBSERVED, Encoded
 from agentgym_ig.lm.policy import TransformersPolicy
 from agentgym_ig.lm.tiny import tiny_model, tiny_tokenizer
-from agentgym_ig.policies import session_of
 from agentgym_ig.prompts import PROMPTS
 from agentgym_ig.trainers import Scorer, TrainConfig, recipe
 from agentgym_ig.trainers.adapters import with_lora
 from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.footprint import Counts, Sketch
 from agentgym_ig.trainers.learner import Learner, make_learner, precision
+from agentgym_ig.trainers.liger import with_liger
 from agentgym_ig.trainers.loop import Run, train
 from agentgym_ig.trainers.plan import GPUS, Job, Plan, plan
 from agentgym_ig.trainers.scoring import Scored
@@ -43,9 +43,8 @@ from agentgym_ig.trainers.tinywiki import (
     training_world,
 )
 from agentgym_ig.trainers.update import Update
-from agentgym_ig.types import Conversation, Message
 from benchmarks import info_gain as info_gain_ways
-from benchmarks.engines import endless, engines, words
+from benchmarks.engines import endless, engines, played
 from benchmarks.learning import ASKED, Trial, _evaluation
 
 PEAK = 790e12
@@ -76,6 +75,11 @@ class Size:
     learning_steps: int = 30
     asked: int = ASKED["test"]
     """Questions of each set, before and after the run that learns."""
+
+    @property
+    def reply(self) -> int:
+        """Tokens of a reply; the tiny tokenizer's chat template puts nothing around it."""
+        return (self.context - self.prompt - self.turns * self.new) // (self.turns - 1)
 
 
 FULL = Size()
@@ -179,11 +183,16 @@ class Step:
     The gradients stay from an update to the next, as they do in the training loop.
     """
 
-    def __init__(self, name: str, size: Size, device: str) -> None:
+    def __init__(
+        self, name: str, size: Size, device: str, *, attention: str | None = None, liger: bool = False
+    ) -> None:
         self.size, self.device = size, device
         self.settings = config_of(name, size).to_json_string(use_diff=False)
         self.rank = RANK if name == "7B" else None
         model = made(name, size, device, torch.float32)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        model = with_liger(model) if liger else model
         self.model = model if self.rank is None else with_lora(model, rank=self.rank, alpha=2 * self.rank)
         self.config = TrainConfig(
             micro_batch=size.micro_batch, learning_rate=1e-6, bf16=True, gradient_checkpointing=True
@@ -208,21 +217,10 @@ class Step:
 
     def played(self) -> list[Encoded]:
         """Episodes that the model plays, with replies of random words that fill the context."""
-        size, source = self.size, random.Random(0)
+        size = self.size
         policy = endless(TransformersPolicy(self.model, tiny_tokenizer(), max_new_tokens=size.new))
-        room = size.context - size.prompt - size.turns * size.new
-        reply = room // (size.turns - 1)  # the tiny tokenizer's chat template puts nothing around it
-        talks = [Conversation((Message("user", words(size.prompt, source)),), own) for own in range(size.episodes)]
-        with session_of(policy), precision(self.config, self.model.device):
-            for turn in range(size.turns):
-                actions = policy(talks)
-                talks = [
-                    own.plus(Message("assistant", action.text, action.token_ids))
-                    for own, action in zip(talks, actions, strict=True)
-                    if action is not None
-                ]
-                if turn + 1 < size.turns:
-                    talks = [own.plus(Message("tool", words(reply, source))) for own in talks]
+        with precision(self.config, self.model.device):
+            talks = played(policy, size.episodes, size.prompt, [size.reply] * (size.turns - 1))
         return [policy.encoder.encode(own) for own in talks]
 
     def scored(self, encoded: list[Encoded], *, gain: bool, bf16: bool = True) -> list[Scored]:
@@ -250,6 +248,7 @@ class Step:
             Job(
                 model=Sketch(self.settings, self.rank), context=longest, episodes=size.episodes,
                 micro_batch=size.micro_batch, rollout_batch=size.episodes, bf16=True, checkpointing=True, belief=True,
+                turn=max(size.prompt, size.reply),
             )
         )  # fmt: skip
 
@@ -283,6 +282,31 @@ def step(name: str, size: Size, device: str) -> dict[str, Any]:
         "memory_gb": memory(own, asked),
         "bf16_error_nats": error_of_bf16(own, encoded[: size.exact]),
     }
+
+
+KERNELS: dict[str, dict[str, Any]] = {
+    "sdpa": {},
+    "flash_attention_2": {"attention": "flash_attention_2"},
+    "flex_attention": {"attention": "flex_attention"},
+    "liger": {"liger": True},
+}
+
+
+def kernels(size: Size, device: str) -> dict[str, Any]:
+    """Update tokens/s of the 0.5B model by each attention kernel, and with Liger's, or why there are none."""
+    found: dict[str, Any] = {}
+    for name, settings in KERNELS.items():
+        try:
+            own = Step("0.5B", size, device, **settings)
+            encoded = made_up(size, own.model.config.vocab_size)
+            old = [torch.full((len(each.ids),), -12.0) for each in encoded]
+            own.updated(encoded, old)  # compiles, and makes the optimiser's state
+            norms = [own.phase("update", partial(own.updated, encoded, old)) for _ in range(size.rounds)]
+            tokens = sum(len(each.ids) for each in encoded)
+            found[name] = {"update_tokens_per_s": round(tokens / own.best("update"), 1), "grad_norm": norms[0]}
+        except Exception as error:  # a package that is missing, or a device that it does not run on
+            found[name] = {"why_not": f"{type(error).__name__}: {error}"}
+    return found
 
 
 def made_up(size: Size, vocabulary: int) -> list[Encoded]:
@@ -341,7 +365,7 @@ def memory(own: Step, asked: Plan) -> dict[str, dict[str, float | None]]:
     planned = {
         "rollout": asked.phases["rollout"],
         "scoring with information gain": asked.phases["scoring"],
-        "update": max(asked.phases["update"], asked.phases["optimizer step"]),
+        "update": asked.phases["update"],
     }
     rows: dict[str, dict[str, float | None]] = {}
     for phase, wanted in planned.items():

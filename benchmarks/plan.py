@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan --out benchmarks/results/plan.json
 
-Each case is a process of its own on one thread: a random model, the real learner, the real scoring pass and the real
+Each case is a process of its own on one thread: a random model, the real learner, and a real rollout, scoring pass and
 optimiser step on made-up episodes. `bytes`: weights, gradients and optimiser state as the tensors that are there then
 have them; they must be equal to the plan's. `phases`: what the process held at the most in a phase, beyond what it held
 before the model was made, in MB; planned over measured is `ratio`. On a GPU: not yet measured.
@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from agentgym_ig.commands.console import console
 from agentgym_ig.lm.encode import Encoded
+from agentgym_ig.lm.policy import TransformersPolicy
+from agentgym_ig.lm.tiny import tiny_tokenizer
 from agentgym_ig.records import write_json
 from agentgym_ig.trainers import TrainConfig, recipe
 from agentgym_ig.trainers.adapters import with_lora
@@ -36,6 +38,7 @@ from agentgym_ig.trainers.recipes import with_kl
 from agentgym_ig.trainers.reference import reference_of
 from agentgym_ig.trainers.scoring import token_logprobs
 from agentgym_ig.trainers.update import Update
+from benchmarks.engines import endless, played
 from benchmarks.measure import fresh, where
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -48,6 +51,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "vocab_size": 16_000, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+
+
+NEW = 16
+"""Tokens of an action."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,11 @@ class Case:
     tokens: int = 512
 
     @property
+    def turn(self) -> int:
+        """Tokens of an episode's opening, and of its one reply."""
+        return (self.tokens - 2 * NEW) // 2
+
+    @property
     def settings(self) -> str:
         """The model's configuration."""
         config = AutoConfig.for_model(self.family, max_position_embeddings=4096, **SHAPES[self.shape])
@@ -76,7 +88,7 @@ class Case:
         return Job(
             model=Sketch(self.settings, self.lora_rank), context=self.tokens, episodes=2 * self.rows,
             micro_batch=self.rows, rollout_batch=self.rows, bf16=self.bf16, checkpointing=self.checkpointing,
-            reference=self.reference, critic=self.critic,
+            reference=self.reference, critic=self.critic, turn=self.turn,
         )  # fmt: skip
 
 
@@ -128,7 +140,9 @@ class Resident:
 def measured(case: Case) -> dict[str, dict[str, int]]:
     """Bytes of a case's tensors, and of the process in each phase."""
     torch.set_num_threads(1)
-    _play(replace(case, shape="small", rows=1, tokens=16))  # libraries load, kernels choose, at their first call
+    _play(
+        replace(case, shape="small", rows=1, tokens=2 * NEW + 16)
+    )  # libraries load, kernels choose, at their first call
     resident = Resident()
     return _play(case, resident)
 
@@ -159,8 +173,14 @@ def _play(case: Case, resident: Resident | None = None) -> dict[str, dict[str, i
             for own in [model] if reference is None else [model, reference.model]:
                 _read(own, encoded, case.rows)
 
+    def rollout() -> None:
+        policy = endless(TransformersPolicy(model, tiny_tokenizer(), max_new_tokens=NEW, batch_size=case.rows))
+        with precision(settings, torch.device("cpu")):
+            played(policy, 2 * case.rows, case.turn, [case.turn])
+
     update(Experience(encoded, columns), 0)  # the optimiser's state is made
     gradients = sum(own.nbytes for group in learner.parameters for own in group)
+    phase("rollout", rollout)
     phase("scoring", score)
     phase("update", lambda: update(Experience(encoded, columns), 1))
     state = [own for each in learner.optimizer.state.values() for own in each.values()]

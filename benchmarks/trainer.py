@@ -4,10 +4,11 @@
 
 - update: an optimiser step of GRPO on the same model, episodes and token ids as TRL's GRPOTrainer takes it, of a small
   policy (TinyWiki's, on episodes that it has played) and of a random model of 0.1 billion parameters on episodes of
-  one to five turns with replies of some 400 tokens. Both in one pass over the batch, with AdamW; losses are compared.
+  one to five turns with replies of some 250 tokens. Both in one pass over the batch, with AdamW; losses are compared.
 - engines: tokens per second of a rollout over those of the bare engine (`benchmarks/engines.py` has more).
 - memory: what log-probabilities of 32,768 tokens over 152,064 words, and their gradient, add to the memory's peak.
-- steps: where the time of a step goes, with BM25 over 60,000 passages (`benchmarks/trainer_step.py`).
+- steps: where the time of a step goes, with BM25 over 60,000 passages (`benchmarks/trainer_step.py`), and the power of
+  turns, group size and tokens per action that its time grows as.
 
 `update_over_trl`, `rollout_over_engine` and `environment_share` are the worst of each.
 """
@@ -15,6 +16,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import tempfile
 import time
@@ -54,11 +56,11 @@ from benchmarks.measure import fresh, side_by_side, where
 from benchmarks.trainer_step import model_of as trained_model
 from benchmarks.trainer_step import phases
 
-EPISODES = {"tiny": 96, "0.1B": 8}
-PROMPT, ACTION, REPLY, TURNS = (150, 250), (40, 120), (350, 450), (1, 5)
+EPISODES = {"tiny": 96, "0.1B": 4}
+PROMPT, ACTION, REPLY, TURNS = (150, 250), (40, 120), (200, 300), (1, 5)
 """Tokens of made-up episodes, and turns: from, to."""
 RATE = 1e-6
-ROUNDS = {"tiny": 7, "0.1B": 2}
+ROUNDS = {"tiny": 7, "0.1B": 1}
 
 
 def model_of(name: str) -> tuple[Any, Any]:
@@ -216,11 +218,17 @@ def steps() -> dict[str, Any]:
     """Phases of a step on real text, and how its time grows with turns, group size and length of actions."""
     with tempfile.TemporaryDirectory() as scratch:
         index = Bm25Index.build(read_corpus(PASSAGES), Path(scratch) / "index")
-        rows = [phases(index, **own) for own in GROWTH]
-    return {"environment_share": rows[0]["environment_share"], "rows": rows}
+        first, *changed = [phases(index, **(STEP | own)) for own in ({}, *GROWTH)]
+    laws = {}
+    for (name, value), row in zip([pair for own in GROWTH for pair in own.items()], changed, strict=True):
+        laws[name] = round(math.log(row["step_s"] / first["step_s"]) / math.log(value / STEP[name]), 2)
+    rows = [first, *changed]
+    return {"environment_share": max(row["environment_share"] for row in rows), "grows_as_power": laws, "rows": rows}
 
 
-GROWTH: tuple[dict[str, int], ...] = ({}, {"turns": 2}, {"group": 4}, {"new": 64})
+STEP = {"turns": 2, "group": 4, "new": 32}
+GROWTH: tuple[dict[str, int], ...] = ({"turns": 4}, {"group": 8}, {"new": 64})
+"""A step's turns, episodes per question and tokens per action, and what is changed of it, one at a time."""
 
 
 def main(

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from agentgym_ig.envs import Start, rollout
+from agentgym_ig.lm.decoding import Decoding
 from agentgym_ig.lm.kept import Kept, key_of, reasons_against
 from agentgym_ig.lm.policy import TransformersPolicy
 from agentgym_ig.lm.tiny import tiny_model, tiny_tokenizer
@@ -298,3 +300,20 @@ def test_rollouts_are_the_same_with_and_without(lanes: int) -> None:
         for own, each in zip(played, plain, strict=True):
             assert own.stop is each.stop
             assert_same([turn.action for turn in own.turns], [turn.action for turn in each.turns])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_under_autocast_keys_and_values_are_held_in_its_type(family: str) -> None:
+    model, contexts = untrained(family, None, "sdpa"), [[5, 9, 17, 4], [8, 3]]
+
+    def read(reusable: bool) -> tuple[list[Tensor], Any]:
+        batch = Decoding(model, contexts, [None, None], pad=0, reusable=reusable)
+        return [batch.read(), *(batch.go_on(torch.tensor([7, token])) for token in (6, 11, 12))], batch.cache.layers
+
+    with torch.autocast("cpu", torch.bfloat16):
+        (found, held), (wanted, whole) = read(True), read(False)
+    assert {part.dtype for layer in held for part in (layer.keys, layer.values)} == {torch.bfloat16}
+    assert torch.float32 in {layer.keys.dtype for layer in whole}  # which attention casts, all of it, for each token
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)

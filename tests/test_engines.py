@@ -140,4 +140,4 @@ def test_training_takes_the_engine_that_is_asked_for(command: Command, tmp_path:
     assert metrics["engine_logprob_gap_max"] < 1e-4
     assert metrics["episodes"] == 2
     with pytest.raises(ValueError, match="unknown engine 'vllm'; choose transformers or continuous"):
-        open_engine("vllm", None, None, temperature=1.0, max_new_tokens=1, batch_size=1)
+        open_engine("vllm", None, None, temperature=1.0, max_new_tokens=1, batch_size=1, max_cached_tokens=1)

@@ -35,7 +35,10 @@ def test_a_step(name: str, tmp_path: Path) -> None:
 
 
 def test_the_other_parts(tmp_path: Path) -> None:
-    found = figures_of(tmp_path, "rollout 0.5B", "learning", "info_gain", "flat_search")
+    found = figures_of(tmp_path, "rollout 0.5B", "kernels", "learning", "info_gain", "flat_search")
+    assert found["kernels"]["sdpa"]["update_tokens_per_s"] > 0
+    assert "GPU" in found["kernels"]["liger"]["why_not"] or "[liger]" in found["kernels"]["liger"]["why_not"]
+    assert all(found["kernels"][name] for name in gpu_parts.KERNELS)
     for engine in ("engine", "rollout", "continuous"):
         assert found["rollout 0.5B"][f"{engine}_tokens_per_s"] > 0
     assert found["learning"]["steps"] == SMALL.learning_steps

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from agentgym_ig.lm.encode import OBSERVED, Encoded
 from agentgym_ig.trainers import TokenBatch, TrainConfig, pad
 from agentgym_ig.trainers.adapters import with_lora
 from agentgym_ig.trainers.critic import Critic
 from agentgym_ig.trainers.learner import make_learner
-from agentgym_ig.trainers.packing import Layout, can_pack, packing
+from agentgym_ig.trainers.packing import Layout, _bounds, attending_by, can_pack, packing
 from agentgym_ig.trainers.scoring import token_entropies, token_logprobs
 from tests.tiny import untrained
 
@@ -102,11 +106,53 @@ def test_an_adapter_and_a_critic_are_read_packed() -> None:
     assert critic.trunk.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("kernel", ["eager", "flex_attention"])
-def test_another_kernel_is_read_as_it_was(kernel: str) -> None:
-    model, batch = untrained("llama", None, kernel), batch_of()
-    assert not can_pack(model)
-    if kernel == "eager":
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2", "gemma3_text", "mistral"])
+def test_a_kernel_that_takes_the_row_as_it_is(family: str, window: int | None) -> None:
+    model = untrained(family, window, "eager")
+    assert_same_packed(model, batch_of((1, *LENGTHS, 1)))
+    with packing(model):
+        assert tokens_computed(model, lambda: token_logprobs(model, batch_of())) == sum(LENGTHS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention is compiled, and there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
+@torch.no_grad()  # on a CPU it has no backward pass
+def test_flex_attention_takes_the_row_as_it_is() -> None:
+    model, batch = untrained("gemma3_text", 8, "flex_attention"), batch_of()
+    wanted = token_logprobs(untrained("gemma3_text", 8, "sdpa"), batch)
+    with packing(model), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        assert_close(token_logprobs(model, batch), wanted, atol=2e-5, rtol=0)
+        assert tokens_computed(model, lambda: token_logprobs(model, batch)) == sum(LENGTHS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="needs FlashAttention")
+def test_flash_attention_takes_the_row_as_it_is() -> None:
+    model, batch = deepcopy(untrained("llama", None, "sdpa")).cuda(), batch_of()
+    batch = TokenBatch(batch.ids.cuda(), batch.real.cuda(), batch.turn.cuda())
+    with torch.autocast("cuda", torch.bfloat16):
+        wanted = read(model, batch)
+        model.set_attn_implementation("flash_attention_2")
+        with packing(model):
+            found = read(model, batch)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() < 0.03 * other.norm()
+
+
+def test_bounds_of_episodes_by_hand() -> None:
+    real = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    found = _bounds(real)
+    assert found["cu_seq_lens_q"].tolist() == found["cu_seq_lens_k"].tolist() == [0, 3, 4, 8]
+    assert found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["max_length_q"] == found["max_length_k"] == 4
+
+
+def test_a_model_that_cannot_is_read_padded() -> None:
+    model, batch = untrained("llama"), batch_of()
+    AttentionInterface.register("unknown", sdpa_attention_forward)
+    with attending_by(model, "unknown"):
+        assert not can_pack(model)
         with packing(model):
             assert tokens_computed(model, lambda: token_logprobs(model, batch)) == len(LENGTHS) * max(LENGTHS)
 

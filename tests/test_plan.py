@@ -92,9 +92,9 @@ def test_a_deep_model_is_known_from_a_shallow_one(
 
 
 def test_key_value_cache_by_hand() -> None:
-    # untrained llama: 2 layers, 2 key-value heads of 8; keys and values in float32
-    assert reading(sketched("llama"), 3, 50, bf16=False, masked=False).cache == 2 * 2 * 2 * 8 * 4 * 3 * 50
-    masked, plain = (reading(sketched("llama"), 3, 500, bf16=False, masked=own).peak for own in (True, False))
+    # untrained llama: 2 layers, 2 key-value heads of 8; keys and values
+    assert reading(sketched("llama"), 3, 50, bf16=False, masked=False).cached == 2 * 2 * 2 * 8 * 3 * 50
+    masked, plain = (reading(sketched("llama"), 3, 500, bf16=False, masked=own).beside for own in (True, False))
     assert masked - plain >= 3 * 500 * 500  # a byte for each pair of tokens
 
 
@@ -133,6 +133,16 @@ def test_rows_of_a_plan_by_hand() -> None:
     with_critic = plan(replace(JOB, critic=True))
     assert with_critic.critic == 12 * own.trunk
     assert with_critic.activations > found.activations
+
+
+def test_what_the_sampler_keeps_by_hand() -> None:
+    own, found = counts(JOB.model), plan(replace(JOB, turn=40))
+    token = 2 * 2 * 2 * 8 * 4  # 2 layers, 2 key-value heads of 8, keys and values in float32
+    sampled = (1.25 * 16 + 4) * 600 * token  # 16 at one time, of which four are copied out together
+    assert found.cache == sampled + 32 * 600 * token
+    full = plan(replace(JOB, turn=40, max_cached_tokens=1000))
+    assert full.cache == sampled + 1000 * token
+    assert full.sampling > found.sampling > 16 * own.vocabulary * 40  # whole conversations are read anew
 
 
 def test_parts_and_copies_on_several_gpus() -> None:
@@ -192,10 +202,12 @@ def test_longest_context_by_hand() -> None:
     texts = PROMPTS["search-r1"]
     opening = len(texts.opening("?" * 100, 5)[0].text) // 4
     rules = {"max_turns": 5, "top_k": 3, "max_new_tokens": 500}
-    assert longest_context(texts, max_observation=None, **rules) == opening + 5 * 500 + 4 * 3 * 200
-    assert longest_context(texts, max_observation=900, **rules) == opening + 5 * 500 + 900
-    three = longest_context(PROMPTS["igpo"], max_observation=None, **rules)  # of which an action may have three queries
+    assert longest_context(texts, max_observation=None, **rules) == (opening + 5 * 500 + 4 * 3 * 200, 3 * 200)
+    assert longest_context(texts, max_observation=500, **rules) == (opening + 5 * 500 + 500, max(opening, 500))
+    # An action may have three queries.
+    three, reply = longest_context(PROMPTS["igpo"], max_observation=None, **rules)
     assert three > 5 * 500 + 4 * 3 * 3 * 200
+    assert reply == 3 * 3 * 200
     assert within_model(10**6, JOB.model) == 2048
     assert within_model(100, JOB.model) == 100
 
@@ -209,7 +221,7 @@ def test_dry_run_of_a_folder_without_weights(command: Command, indexed: Path) ->
     code, printed = command(*arguments, "--gpu", "h100")
     assert code == 0, printed
     printed = " ".join(printed.split())  # wherever a narrow terminal breaks lines
-    for wanted in ("h100: fits", "3 x", "key-value cache", "reference copy", "TFLOP/s: arithmetic", "512 episodes"):
+    for wanted in ("h100: fits", "3 x", "keys and values", "reference copy", "TFLOP/s: arithmetic", "512 episodes"):
         assert wanted in printed
     assert "written per episode" in printed
     assert "41" in printed

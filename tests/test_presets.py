@@ -56,7 +56,9 @@ def folder(where: Path, name: str) -> Path:
 def job_of(where: Path, *names: str) -> tuple[Job, dict[str, Any]]:
     """What `train --dry-run` plans for those presets."""
     said = read_options(names, [own for own in OPTIONS if own not in NOT_IN_FILES])
-    given = {"lora_rank": None, "rollout_batch": 128} | {OPTIONS[key]: value for key, value in said.items()}
+    given = {"lora_rank": None, "rollout_batch": 128, "max_cached_tokens": 131_072} | {
+        OPTIONS[key]: value for key, value in said.items()
+    }
     given["model"] = str(folder(where, names[1]))
     given |= {key: float(given[key]) for key in ("learning_rate",)}
     recipe = open_recipe(given["recipe"], given["suite"], kl=given.get("kl"), entropy=given.get("entropy"))

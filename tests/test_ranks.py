@@ -124,6 +124,16 @@ def test_a_rank_that_dies_stops_all_and_another_number_of_ranks_goes_on(tmp_path
     assert_as_one(killed, alone, within=1e-4)
 
 
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
+    command = [*launcher("two", tmp_path), "-m", "tests.rank_runs", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["skipped_updates"] for row in rows(tmp_path / "run")] == [0, 1, 0]
+    assert [row["updates"] for row in rows(tmp_path / "run")] == [1, 0, 1]
+
+
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
 def test_shares_have_every_row_once_and_about_as_many_tokens(lengths: list[int], parts: int) -> None:
     found = ranks.shares(lengths, parts)

@@ -13,7 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from agentgym_ig import combine_aliases
 from agentgym_ig.envs import InfoGain, SearchEnv, add_channel
@@ -21,6 +24,7 @@ from agentgym_ig.lm.encode import Branch, ConversationEncoder
 from agentgym_ig.lm.tiny import tiny_tokenizer
 from agentgym_ig.prompts import PROMPTS
 from agentgym_ig.trainers import OnlineScorer, Scorer, Stem, TokenBatch, pack, pad, token_logprobs
+from agentgym_ig.trainers.packing import attending_by, kernel_of
 from agentgym_ig.trainers.scoring import _tree_masks
 from agentgym_ig.types import Action, Conversation, Message, Question, Stop, Trajectory, Turn
 from tests.largest import LargestLogits
@@ -104,16 +108,34 @@ def test_packed_with_flex_attention() -> None:
         assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
 
 
+def test_a_kernel_without_masks_leaves_the_tree_to_sdpa() -> None:
+    def maskless(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **own: Any) -> Any:
+        assert mask is None
+        asked.append(query.shape[2])
+        return sdpa_attention_forward(module, query, key, value, None, **own)
+
+    asked: list[int] = []
+    AttentionInterface.register("maskless", maskless)
+    model = untrained("llama", None, "sdpa")
+    encoded = [ENCODER.encode(own) for own in EPISODES]
+    wanted = Scorer(model, ENCODER, PROMPTS["tinywiki"]).score(encoded, [ANSWERS] * 3)
+    with attending_by(model, "maskless"):
+        found = Scorer(model, ENCODER, PROMPTS["tinywiki"]).score(encoded, [ANSWERS] * 3)
+        assert kernel_of(model) == "maskless"
+    assert set(asked) == {max(len(own.ids) for own in encoded)}  # the trunk alone
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(torch.tensor(one.beliefs), torch.tensor(other.beliefs), atol=1e-5, rtol=0)
+        assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
+
+
 def test_what_cannot_follow_a_tree_is_refused() -> None:
     model = untrained("llama", None, "eager")
     scorer = Scorer(model, ENCODER, PROMPTS["tinywiki"])
-    for setting, value in (("layer_types", ["chunked_attention"] * 2), ("_attn_implementation", "flash_attention_2")):
-        batch = pack([[Stem([1], 0)]], [scorer._branches(["x"])])
-        changed = SimpleNamespace(layer_types=None, _attn_implementation="sdpa")
-        setattr(changed, setting, value)
-        fake = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda changed=changed: changed))
-        with pytest.raises(ValueError, match=r"plain attention|attn_implementation='sdpa'"):
-            _tree_masks(fake, batch, 0)
+    batch = pack([[Stem([1], 0)]], [scorer._branches(["x"])])
+    changed = SimpleNamespace(layer_types=["chunked_attention"] * 2, _attn_implementation="sdpa")
+    fake = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: changed))
+    with pytest.raises(ValueError, match="plain attention"):
+        _tree_masks(fake, batch, 0)
     with pytest.raises(ValueError, match="above 0"):
         Scorer(model, ENCODER, PROMPTS["tinywiki"], temperature=0)
 

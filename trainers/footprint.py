@@ -66,10 +66,12 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Bytes of a forward pass without a gradient: what it holds at the most, and the key-value cache it leaves."""
+    """A forward pass without a gradient: bytes that it holds at most beside the key-value cache, and how many numbers
+    are in that.
+    """
 
-    peak: int
-    cache: int
+    beside: int
+    cached: int
 
 
 def sketch(name: str, *, lora_rank: int | None = None) -> Sketch:
@@ -232,7 +234,7 @@ def _drop_gradient(weight: Tensor) -> None:
 
 @cache
 def reading(own: Sketch, rows: int, tokens: int, *, bf16: bool, masked: bool, dtype: str = "float32") -> Reading:
-    """Bytes of reading (rows, tokens) without a gradient into a key-value cache, which is part of the peak.
+    """What reading (rows, tokens) without a gradient into a key-value cache takes.
 
     masked: with an attention mask, as a batch has one whose rows are padded on the left; its size grows with the square
     of the tokens. dtype: of the weights.
@@ -247,7 +249,8 @@ def reading(own: Sketch, rows: int, tokens: int, *, bf16: bool, masked: bool, dt
                 decoder, cache = model.get_decoder(), DynamicCache(config=model.config)
                 decoder(input_ids=ids, attention_mask=mask, **with_cache(decoder, cache))
             kept = [own for layer in cache.layers for own in (layer.keys, layer.values)]
-        return held.peak + (0 if mask is None else mask.nbytes), sum(own.nbytes for own in kept)
+        beside = held.peak - sum(own.nbytes for own in kept) + (0 if mask is None else mask.nbytes)
+        return beside, sum(own.numel() for own in kept)
 
     return Reading(*_at_full_depth(own, stages))
 

@@ -20,6 +20,7 @@ from agentgym_ig.trainers.critic import Critic
 from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.memory import Portion
 from agentgym_ig.trainers.modes import without_dropout
+from agentgym_ig.trainers.packing import kernel_of
 
 Reference = Callable[[Sequence[Encoded]], list[Tensor]]
 """From conversations to the (T,) log-probabilities that the policy's tokens have under the reference model."""
@@ -62,13 +63,16 @@ def make_learner(model: Any, tokenizer: Any, config: TrainConfig, *, critic: Cri
         for own in [model] if critic is None else [model, critic.trunk]:
             checkpoint_layers(own)
     _check_precision([model] if critic is None else [model, critic])
+    if (kernel := kernel_of(model)).startswith("flash") and not config.bf16:
+        raise ValueError(f"{kernel} computes in half precision alone: set bf16 (--bf16), or take another kernel")
     if sharding.asked():
         for own in [model] if critic is None else [model, critic]:
             sharding.shard(own, bf16=config.bf16)
     groups = [{"params": [own for own in model.parameters() if own.requires_grad], "lr": config.learning_rate}]
     if critic is not None:
         groups.append({"params": list(critic.parameters()), "lr": config.critic_learning_rate})
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    fused = model.device.type == "cuda" or None  # on a GPU: a pass over the parameters, and no copies of them
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     schedule = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.steps)
     if config.warmup_steps:
         next_rate(schedule)  # it begins at 0, which would waste the first batch

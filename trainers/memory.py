@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 WHAT_TO_LOWER = {
-    "rollout": "--rollout-batch, --max-new-tokens or --max-turns",
+    "rollout": "--rollout-batch, --max-cached-tokens, --max-new-tokens or --max-turns",
     "score": "--micro-batch, --max-new-tokens or --max-turns; --bf16 helps as well",
     "update": "--micro-batch, --max-new-tokens or --max-turns; --gradient-checkpointing, --bf16 and --lora-rank help as"
     " well",

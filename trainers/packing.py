@@ -1,7 +1,8 @@
 """Forward and backward passes without padding: all episodes of a batch stand in one row, one behind the other.
 
-Everything that treats each token alone, which is nearly all of a model, then computes on real tokens only. Attention
-alone puts the episodes side by side again, padded, and calls the kernel that transformers would have called.
+Everything that treats each token alone, which is nearly all of a model, then computes on real tokens only. With `sdpa`
+attention alone puts the episodes side by side again, padded. FlashAttention (`flash_attention_2`, ...) and
+`flex_attention` take the row as it is, as transformers hands it to them: an episode begins where positions begin at 0.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,9 +22,17 @@ from agentgym_ig.lm.alone import alone_with
 from agentgym_ig.trainers.readout import Model
 
 PACKED = "agentgym_ig_packed"
-"""The name under which transformers knows our attention."""
+"""The name under which transformers knows our attention, which takes the place of `sdpa`."""
+
+KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager")
+"""Those that read a row of several episodes rightly. FlashAttention never makes a mask; `eager` makes one of all pairs
+of tokens, and is there to compare with.
+"""
 
 _KINDS = {"full_attention", "sliding_attention"}
+
+_INSIDE: WeakSet[Any] = WeakSet()
+"""Models that are read without padding at this moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +101,33 @@ def _window(query: Tensor, width: int | None) -> Tensor | None:
 def can_pack(model: Model) -> bool:
     """Whether it is known of the model that its layers mix tokens by attention alone, through transformers' interface.
 
-    It is not of models with a state (Mamba), with other kinds of layers, or with another kernel than `sdpa`.
+    It is not of models with a state (Mamba), with other kinds of layers, or with a kernel not among `KERNELS`.
     """
-    config = model.config.get_text_config()
     return (
         model._supports_attention_backend
         and not getattr(model, "_is_stateful", False)
-        and config._attn_implementation in ("sdpa", PACKED)
-        and set(getattr(config, "layer_types", None) or ()) <= _KINDS
+        and kernel_of(model) in (*KERNELS, PACKED)
+        and set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= _KINDS
     )
+
+
+def kernel_of(model: Model) -> str:
+    """The attention kernel that a model computes by."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+@contextmanager
+def attending_by(model: Model, kernel: str) -> Iterator[None]:
+    """Have a model, which nobody else reads meanwhile, compute by another attention kernel."""
+    before = kernel_of(model)
+    with alone_with(model):
+        if kernel != before:
+            model.set_attn_implementation(kernel)
+        try:
+            yield
+        finally:
+            if kernel != before:
+                model.set_attn_implementation(before)
 
 
 @contextmanager
@@ -110,10 +138,11 @@ def packing(*models: Model | None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for model in models:
-            if model is not None and can_pack(model):
-                stack.enter_context(alone_with(model))
-                stack.callback(model.set_attn_implementation, model.config.get_text_config()._attn_implementation)
-                model.set_attn_implementation(PACKED)
+            if model is not None and model not in _INSIDE and can_pack(model):
+                kernel = kernel_of(model)
+                stack.enter_context(attending_by(model, PACKED if kernel == "sdpa" else kernel))
+                stack.callback(_INSIDE.discard, model)
+                _INSIDE.add(model)
         yield
 
 
@@ -123,10 +152,22 @@ def inputs_of(
     """What a model is called with for (B, T) ids, padded on the right, and the row and column of its output at which
     the outputs for `places`, rows and columns of the ids, stand: in one row inside `packing`, else where they were.
     """
-    if model.config.get_text_config()._attn_implementation != PACKED:
+    if model not in _INSIDE:
         # No attention mask: padding stands on the right, where causal attention does not look.
         return {"input_ids": ids, "use_cache": False}, places
     layout = Layout.of(real)
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    inputs = {"input_ids": ids[real][None], "position_ids": position[real][None], "layout": layout, "use_cache": False}
+    inputs = {"input_ids": ids[real][None], "position_ids": position[real][None], "use_cache": False}
+    if (kernel := kernel_of(model)) == PACKED:
+        inputs["layout"] = layout
+    elif kernel.startswith("flash"):
+        inputs |= _bounds(real)
     return inputs, (torch.zeros_like(places[0]), layout.token.view_as(ids)[places])
+
+
+def _bounds(real: Tensor) -> dict[str, Any]:
+    """Where episodes of a row begin and end, by transformers' names: FlashAttention looks for it in every layer."""
+    lengths = real.sum(1)
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

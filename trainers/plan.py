@@ -13,18 +13,20 @@ from math import ceil
 from types import MappingProxyType
 from typing import Any
 
+from agentgym_ig.lm.decoding import AT_ONCE
+from agentgym_ig.lm.kept import CACHED_TOKENS
 from agentgym_ig.trainers.footprint import Counts, Sketch, activations, configuration, counts, reading
-from agentgym_ig.trainers.readout import CHUNK_BYTES
+from agentgym_ig.trainers.readout import TILE
 
-LOGIT_BYTES = 16
-"""For each logit of the tokens that are read at one time (`readout.CHUNK_BYTES`): itself, its distance to the sum, its
-share and its gradient, in float32."""
+LOGIT_BYTES = 12
+"""For each logit that is there at one time (`readout.TILE`): as the output layer gives it, finished, its share, and its
+gradient."""
 READ_LOGIT_BYTES = 10
-"""The same where no gradient is wanted: between two and three copies, as processes were measured to hold."""
+"""The same where no gradient is wanted."""
 SAMPLER_BYTES = 40
 """For each logit of the tokens that are sampled at one time: copies in float32 and float64, as the sampler has them."""
-STEP_BYTES = 4
-"""For each trained parameter while the optimiser steps: AdamW's square roots, made for all parameters at one time."""
+CACHE_ROOM = 1.25
+"""The sampler's cache over the keys and values that it holds: it has room to grow into (`lm.decoding`)."""
 PASSAGE_TOKENS = 200
 """Of a passage of 100 words with its title, about; a choice to be on the safe side."""
 QUERIES = {"tags": 1, "tools": 3}
@@ -93,6 +95,11 @@ class Job:
     critic: bool = False
     belief: bool = False
     """Whether beliefs are read, for which scoring keeps keys and values."""
+    turn: int | None = None
+    """Tokens of the opening, or of a reply, at most: what the sampler reads at once of a conversation that it has kept.
+    None for as many as the longest episode has."""
+    max_cached_tokens: int = CACHED_TOKENS
+    """Tokens whose keys and values the sampler keeps between turns, at most."""
     passes: int = 1
     """How often an update goes through as many episodes as a step has: epochs, and replayed batches."""
     gpus: int = 1
@@ -112,9 +119,14 @@ class Job:
         return self.gpus if self.shard == "fsdp" else 1
 
     @property
+    def played(self) -> int:
+        """Episodes of a step on one GPU, all of them under way together."""
+        return ceil(self.episodes / self.gpus)
+
+    @property
     def sampled(self) -> int:
         """Episodes that one GPU samples at one time."""
-        return min(self.rollout_batch, ceil(self.episodes / self.gpus))
+        return min(self.rollout_batch, self.played)
 
 
 _AT_LEAST_ONE = ("context", "episodes", "micro_batch", "rollout_batch", "passes", "gpus")
@@ -139,7 +151,7 @@ class Plan:
     activations: int
     logits: int
     cache: int
-    """Keys and values of the episodes that are sampled at one time."""
+    """Keys and values of the episodes that are sampled at one time, and those kept of the others."""
     sampling: int
     """Reading those episodes, without the cache, and choosing their tokens."""
     scoring: int
@@ -171,15 +183,18 @@ def usable(gpu: Gpu) -> float:
     return USABLE * gpu.memory * 1e9
 
 
-def longest_context(texts: Any, *, max_turns: int, top_k: int, max_new_tokens: int, max_observation: int | None) -> int:
-    """Tokens of the longest episode under a `Prompt` and the settings of its rules; what is not known of them is taken
-    from the constants above.
+def longest_context(
+    texts: Any, *, max_turns: int, top_k: int, max_new_tokens: int, max_observation: int | None
+) -> tuple[int, int]:
+    """Tokens of the longest episode under a `Prompt` and the settings of its rules, and of its opening or a reply,
+    whichever is longer; what is not known of them is taken from the constants above.
     """
     opening = sum(len(message.text) for message in texts.opening("?" * 100, max_turns)) // CHARACTERS_PER_TOKEN
-    observed = (max_turns - 1) * top_k * QUERIES[texts.grammar] * PASSAGE_TOKENS
+    reply = top_k * QUERIES[texts.grammar] * PASSAGE_TOKENS
+    observed = (max_turns - 1) * reply
     if max_observation is not None:
-        observed = min(observed, max_observation)
-    return opening + max_turns * max_new_tokens + observed
+        observed, reply = min(observed, max_observation), min(reply, max_observation)
+    return opening + max_turns * max_new_tokens + observed, max(opening, reply)
 
 
 def within_model(context: int, model: Sketch) -> int:
@@ -197,17 +212,16 @@ def plan(job: Job) -> Plan:
     critic = 12 * own.trunk // job.parts if job.critic else 0
     gathered = size * (own.outside + 2 * own.layer) if job.parts > 1 else 0
     copied = size * own.parameters if job.parts > 1 else 0
-    chunk = min(max(CHUNK_BYTES // (4 * own.vocabulary), 1), job.micro_batch * job.context)
-    logits = chunk * own.vocabulary * LOGIT_BYTES + _output_layer(job, own)
+    tile = min(TILE, own.vocabulary * job.micro_batch * job.context)
+    logits = tile * LOGIT_BYTES + _output_layer(job, own)
     cache, sampling = _rollout(job, own)
-    scoring = _scoring(job) + chunk * own.vocabulary * READ_LOGIT_BYTES
+    scoring = _scoring(job) + tile * READ_LOGIT_BYTES
     updating = update_activations(job, checkpointing=job.checkpointing)
     resident = weights + optimizer + reference + critic
     phases = {
         "rollout": resident + copied + cache + sampling,
         "scoring": resident + gathered + scoring,
         "update": resident + gathered + gradients + updating + logits,
-        "optimizer step": resident + gradients + STEP_BYTES * gradients // 4,
     }
     return Plan(
         job=job, counts=own, weights=weights, gradients=gradients, optimizer=optimizer, reference=reference,
@@ -226,26 +240,34 @@ def update_activations(job: Job, *, checkpointing: bool) -> int:
 
 
 def _output_layer(job: Job, own: Counts) -> int:
-    """Bytes of the output layer's gradient before it is added to the others, and of its copies in bfloat16."""
+    """Bytes of the output layer's gradient before it is added to the others, and of its copy in bfloat16."""
     size = own.vocabulary * own.width
-    copies = (2 if job.bf16 else 0) * size
-    return copies if job.model.lora_rank is not None else 2 * copies + 4 * size
+    return size * ((2 if job.bf16 else 0) + (4 if job.model.lora_rank is None else 0))
 
 
 def _rollout(job: Job, own: Counts) -> tuple[int, int]:
-    """Bytes of the cache of the episodes sampled at one time, and of reading and choosing beside it.
+    """Bytes of keys and values, and of reading and choosing beside them.
 
-    The sampler reads a whole conversation anew in each turn, all of those in the batch in one pass.
+    All episodes of a step are under way together. Where the sampler cannot keep all of them, it is taken to read those
+    that it samples at one time from their beginning.
     """
     dtype = "bfloat16" if job.parts > 1 and job.bf16 else "float32"
-    read = reading(job.model, job.sampled, job.context, bf16=job.bf16, masked=True, dtype=dtype)
-    return read.cache, read.peak - read.cache + job.sampled * own.vocabulary * SAMPLER_BYTES
+    whole = reading(job.model, job.sampled, job.context, bf16=job.bf16, masked=True, dtype=dtype)
+    tokens, rows, beside = job.played * job.context, job.sampled, whole.beside
+    if job.turn is not None and job.turn < job.context and tokens <= job.max_cached_tokens:
+        new = reading(job.model, rows, job.turn, bf16=job.bf16, masked=False, dtype=dtype)
+        beside = new.beside + rows * job.turn * job.context  # a byte for each pair in the mask
+    token = whole.cached * (2 if job.bf16 else 4) // (rows * job.context)
+    held = (
+        round(CACHE_ROOM * rows * job.context) + min(AT_ONCE, rows) * job.context + min(tokens, job.max_cached_tokens)
+    )
+    return held * token, beside + rows * own.vocabulary * SAMPLER_BYTES
 
 
 def _scoring(job: Job) -> int:
     dtype = "bfloat16" if job.parts > 1 and job.bf16 else "float32"
     read = reading(job.model, job.micro_batch, job.context, bf16=job.bf16, masked=False, dtype=dtype)
-    return read.peak if job.belief else read.peak - read.cache
+    return read.beside + (read.cached * (2 if dtype == "bfloat16" else 4) if job.belief else 0)
 
 
 def step_flops(job: Job, own: Counts) -> dict[str, float]:
@@ -294,7 +316,14 @@ def _cheaper(job: Job, gpu: Gpu) -> Iterator[tuple[str, Job]]:
 
 def _fewer(job: Job, gpu: Gpu) -> Iterator[tuple[str, Job]]:
     """Fewer episodes at one time, where theirs is the phase that is too large."""
-    job = replace(job, rollout_batch=job.sampled)
+    job = replace(
+        job, rollout_batch=job.sampled, max_cached_tokens=min(job.max_cached_tokens, job.played * job.context)
+    )
+    before = job
+    while job.max_cached_tokens > job.context and plan(job).phases["rollout"] > usable(gpu):
+        job = replace(job, max_cached_tokens=job.max_cached_tokens // 2)
+    if job != before:
+        yield f"--max-cached-tokens {job.max_cached_tokens}", job
     for name, phases in (("rollout_batch", ("rollout",)), ("micro_batch", ("scoring", "update"))):
         before = job
         while getattr(job, name) > 1 and any(plan(job).phases[phase] > usable(gpu) for phase in phases):

@@ -1,7 +1,7 @@
 """From hidden states to the log-probabilities and entropies of tokens, without ever holding the logits of all of them.
 
-32,000 tokens of a vocabulary of 152,000 have logits of 19 GB. Here some tokens have theirs for some words at a time, once
-forwards and once more backwards, and what stays is a few numbers a token.
+32,000 tokens of a vocabulary of 152,000 have logits of 19 GB. Here some tokens have theirs for some words at a time,
+once forwards and once more backwards, and what stays is a few numbers a token.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def logprobs_and_entropies(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, finish: Finish = Finish()
 ) -> tuple[Tensor, Tensor]:
-    """(N,) the log-probabilities, in nats, of tokens (N,) under hidden (N, H) @ weight (V, H)ᵀ + bias (V,), finished, and
-    (N,) the entropies of the distributions that they are from. Both float32 and differentiable; under autocast the
+    """(N,) the log-probabilities, in nats, of tokens (N,) under hidden (N, H) @ weight (V, H)ᵀ + bias (V,), finished,
+    and (N,) the entropies of the distributions that they are from. Both float32 and differentiable; under autocast the
     products are in its type.
 
     Beside inputs and gradients it holds `TILE` logits at a time, however many tokens and words there are.

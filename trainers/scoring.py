@@ -23,7 +23,7 @@ from agentgym_ig.lm.encode import OBSERVED, Branch, ConversationEncoder, Encoded
 from agentgym_ig.lm.kept import odd_positions
 from agentgym_ig.prompts import Prompt
 from agentgym_ig.trainers.batch import PackedBatch, Stem, TokenBatch, pack, pad
-from agentgym_ig.trainers.packing import inputs_of, packing
+from agentgym_ig.trainers.packing import attending_by, inputs_of, kernel_of, packing
 from agentgym_ig.trainers.readout import Model, read_tokens_at
 from agentgym_ig.types import Conversation, Trajectory
 
@@ -71,6 +71,10 @@ def _placed(values: Tensor, row: Tensor, column: Tensor, ids: Tensor) -> Tensor:
     return values.new_zeros(ids.shape).index_put((row, column), values)
 
 
+_MASKED = ("sdpa", "eager", "flex_attention")
+"""Attention kernels that `_mask` makes masks for."""
+
+
 def branch_beliefs(
     model: Model,
     stems: Sequence[Sequence[Stem]],
@@ -83,12 +87,14 @@ def branch_beliefs(
     The cache's rows are aligned at position 0 and get the new columns added. Returns (rows, stems, answers).
     """
     batch = pack(stems, branches, model.device)
-    inputs = {
-        "input_ids": batch.ids,
-        "position_ids": batch.positions,
-        "attention_mask": _tree_masks(model, batch, cache.get_seq_length()),
-    } | with_cache(model, cache)
-    logprobs, _ = read_tokens_at(model, (batch.row, batch.column), batch.token, temperature, inputs)
+    kernel = kernel_of(model)
+    with attending_by(model, kernel if kernel in _MASKED else "sdpa"):  # FlashAttention takes no mask
+        inputs = {
+            "input_ids": batch.ids,
+            "position_ids": batch.positions,
+            "attention_mask": _tree_masks(model, batch, cache.get_seq_length()),
+        } | with_cache(model, cache)
+        logprobs, _ = read_tokens_at(model, (batch.row, batch.column), batch.token, temperature, inputs)
     means = iter([float(own.mean()) for own in logprobs.double().cpu().split(batch.scored.tolist())])
     return [[[next(means) for _ in answers] for _ in own] for own, answers in zip(stems, branches, strict=True)]
 
@@ -96,7 +102,7 @@ def branch_beliefs(
 def _tree_masks(model: Model, batch: PackedBatch, width: int) -> Any:
     """What the model takes as its attention mask: one, or one for each kind of layer that it has.
 
-    Raises ValueError for layers and attention kernels that cannot follow a tree.
+    Raises ValueError for layers that cannot follow a tree.
     """
     config = model.config.get_text_config()
     _check_positions(config)
@@ -117,16 +123,15 @@ def _check_positions(config: Any) -> None:
 
 def _mask(model: Model, allowed: Tensor) -> Any:
     """(B, S, width + S) bool in the form that the model's attention kernel wants."""
-    kernel = model.config.get_text_config()._attn_implementation
+    kernel = kernel_of(model)
     if kernel == "flex_attention":
         rows, columns, width = allowed.shape
         return create_block_mask(lambda b, h, q, k: allowed[b, q, k], rows, None, columns, width, allowed.device)
     if kernel == "sdpa":
         return allowed[:, None]
-    if kernel == "eager":  # additive: it would add a bool as 0 and 1
-        mask = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)[:, None]
-    raise ValueError(f"attention {kernel!r} takes no tree mask; load the model with attn_implementation='sdpa'")
+    # Additive: `eager` would add a bool as 0 and 1.
+    mask = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)[:, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,13 @@ def warm_start_folder() -> Path:
         return folder
 
 
-def load_policy_model(name_or_path: str, device: str = "cpu") -> tuple[Any, Any]:
-    """A model and its tokenizer in float32: `tinywiki` is the shipped warm start, all else a folder or hub name."""
+def load_policy_model(name_or_path: str, device: str = "cpu", attention: str | None = None) -> tuple[Any, Any]:
+    """A model and its tokenizer in float32: `tinywiki` is the shipped warm start, all else a folder or hub name.
+
+    attention: its kernel by transformers' name.
+    """
     source = str(warm_start_folder()) if name_or_path == WARM_START else name_or_path
-    return load_model(source, device=device, dtype="float32")
+    return load_model(source, device=device, dtype="float32", attention=attention)
 
 
 def tiny_policy(model: Any, tokenizer: Any) -> TransformersPolicy:

@@ -219,29 +219,50 @@ def check_fits_suite(policy: LocalPolicy, suite: str, recipe: Recipe, learning_r
         )
 
 
-def open_trainable(name: str, device: str, lora_rank: int | None, *, seed: int) -> tuple[Any, Any]:
-    """A model to be trained, in float32, with a fresh adapter if there is a rank, and its tokenizer."""
+def open_trainable(
+    name: str, device: str, lora_rank: int | None, *, seed: int, attention: str | None = None, liger: bool = False
+) -> tuple[Any, Any]:
+    """A model to be trained, in float32, with a fresh adapter if there is a rank, and its tokenizer.
+
+    attention: its kernel by transformers' name. liger: whether it computes by Liger's kernels.
+    """
     from agentgym_ig.trainers.adapters import with_lora
+    from agentgym_ig.trainers.liger import with_liger
     from agentgym_ig.trainers.tinywiki import load_policy_model
 
-    model, tokenizer = load_policy_model(name, device)
+    model, tokenizer = load_policy_model(name, device, attention)
+    if liger:
+        model = with_liger(model)
     if lora_rank is not None:
         model = with_lora(model, rank=lora_rank, alpha=2 * lora_rank, seed=seed)
     return model, tokenizer
 
 
 def open_engine(
-    name: str, model: Any, tokenizer: Any, *, temperature: float, max_new_tokens: int, batch_size: int
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    max_cached_tokens: int,
 ) -> LocalPolicy:
     """A model's policy over one of the engines that generate with the very weights in training.
 
-    `batch_size` is of `transformers`; the other makes its batches itself. Raises ValueError for any other.
+    `batch_size` and `max_cached_tokens` are of `transformers`; the other makes its batches and pages itself. Raises
+    ValueError for any other.
     """
     from agentgym_ig.lm.policy import TransformersPolicy
 
     if name == "transformers":
         return TransformersPolicy(
-            model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size
+            model,
+            tokenizer,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_cached_tokens=max_cached_tokens,
         )
     if name == "continuous":
         from agentgym_ig.lm.continuous import ContinuousPolicy

@@ -92,7 +92,7 @@ def planned_job(
 
     name = str(warm_start_folder()) if given["model"] == WARM_START else given["model"]
     model = sketch(name, lora_rank=given["lora_rank"])
-    context = longest_context(
+    context, turn = longest_context(
         rules.texts,
         max_turns=rules.max_turns,
         top_k=rules.top_k,
@@ -111,6 +111,8 @@ def planned_job(
         critic="values" in recipe.needs,
         belief="info_gain" in recipe.needs,
         passes=config.epochs * (1 + config.replay),
+        turn=turn,
+        max_cached_tokens=given["max_cached_tokens"],
         gpus=given["gpus"] or 1,
         shard=given["shard"] or "ddp",
     )
@@ -168,9 +170,9 @@ def memory_table(made: Plan) -> Table:
         "rollout copy": (made.rollout_copy, "all weights, while episodes are sampled"),
         "activations": (made.activations, f"{chosen}: {job.micro_batch:,} x {job.context:,} tokens"),
         f"({against})": (other, "instead of the line above"),
-        "logits, loss": (made.logits, "in chunks; with the output layer's own gradient"),
-        "key-value cache": (made.cache, f"of the rollout: {job.sampled:,} x {job.context:,} tokens"),
-        "sampling": (made.sampling, "reading those, and choosing tokens"),
+        "logits, loss": (made.logits, "in tiles; with the output layer's own gradient"),
+        "keys and values": (made.cache, f"of the rollout: {job.sampled:,} x {job.context:,} tokens, and those kept"),
+        "sampling": (made.sampling, "reading contexts, and choosing tokens"),
     }
     for name, (size, what) in rows.items():
         if size:

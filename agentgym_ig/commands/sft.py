@@ -10,7 +10,7 @@ import typer
 
 from agentgym_ig.commands.console import bar, console, interruptible
 from agentgym_ig.commands.evaluate import DeviceOption
-from agentgym_ig.commands.train import Bf16Option, CheckpointingOption, LoraOption
+from agentgym_ig.commands.train import AttentionOption, Bf16Option, CheckpointingOption, LigerOption, LoraOption
 
 
 def sft(
@@ -35,6 +35,8 @@ def sft(
     lora_rank: LoraOption = None,
     bf16: Bf16Option = False,
     gradient_checkpointing: CheckpointingOption = False,
+    attention: AttentionOption = None,
+    liger: LigerOption = False,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (50).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the episodes, and of the adapter.")] = 0,
     device: DeviceOption = "cpu",
@@ -66,7 +68,7 @@ def sft(
     kept = chosen(recorded, metric=metric, least=min_score)
     kept = retokenised(kept) if as_text else kept
     console.print(f"{len(kept):,} of {len(recorded):,} episodes have {metric} of {min_score:g} or more")
-    tuned, tokenizer = open_trainable(model, device, lora_rank, seed=seed)
+    tuned, tokenizer = open_trainable(model, device, lora_rank, seed=seed, attention=attention, liger=liger)
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar("epochs", config.epochs) as advance:
         folder = fine_tune(

@@ -31,6 +31,11 @@ from agentgym_ig.commands.plan import (
 
 LoraOption = Annotated[int | None, typer.Option(help="Train a LoRA adapter of this rank, not all weights (peft).")]
 Bf16Option = Annotated[bool, typer.Option("--bf16", help="Forward passes in bfloat16; weights stay in float32.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(help="The model's attention kernel: sdpa (the default), flash_attention_2 or flex_attention."),
+]
+LigerOption = Annotated[bool, typer.Option("--liger", help="Compute by Liger's kernels, on a GPU (liger-kernel).")]
 CheckpointingOption = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Less memory for a slower update; results stay the same.")
 ]
@@ -65,6 +70,8 @@ def train(
     lora_rank: LoraOption = None,
     bf16: Bf16Option = False,
     gradient_checkpointing: CheckpointingOption = False,
+    attention: AttentionOption = None,
+    liger: LigerOption = False,
     micro_batch: Annotated[int | None, typer.Option(help="Episodes per pass: lower it if memory runs out.")] = None,
     engine: Annotated[
         str, typer.Option(help="What generates: transformers, or continuous (its paged batching, for a GPU).")
@@ -73,6 +80,9 @@ def train(
         float | None, typer.Option(help="Correct for an engine that differs from the trainer, by at most this factor.")
     ] = None,
     rollout_batch: Annotated[int, typer.Option(help="Episodes sampled at once: lower it if memory runs out.")] = 128,
+    max_cached_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens whose keys and values are kept from turn to turn.")
+    ] = 131_072,
     max_skipped_updates: Annotated[int | None, typer.Option(help="Updates not finite that are let pass.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens per action: 16 for tinywiki, else 256.")] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
@@ -120,10 +130,11 @@ def train(
     env = open_training(suite, questions, index, rules, settings, recipe=chosen, seed=seed)
     policy = open_engine(
         engine,
-        *open_trainable(model, device, lora_rank, seed=seed),
+        *open_trainable(model, device, lora_rank, seed=seed, attention=attention, liger=liger),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         batch_size=rollout_batch,
+        max_cached_tokens=max_cached_tokens,
     )
     check_fits_suite(policy, suite, chosen, learning_rate)
     run = Run(policy, env, chosen, settings, out, log_with=tuple(log_with or ()))

@@ -18,7 +18,7 @@ from agentgym_ig.lm.arguments import accepted, with_cache
 
 _ROOM = 64
 """Columns that a cache is made longer than needed, at least."""
-_AT_ONCE = 16
+AT_ONCE = 4
 """Rows whose states are copied out of the cache together."""
 
 
@@ -28,8 +28,13 @@ class RoomyLayer(DynamicLayer):
     _rooms: list[Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """(B, heads, T, width) each, added to what the layer holds; returns all of it."""
+        """(B, heads, T, width) each, added to what the layer holds; returns all of it.
+
+        Under autocast they are held in its type: attention would cast all of them to it, for every token anew.
+        """
         new = (key_states, value_states)
+        if torch.is_autocast_enabled(device := key_states.device.type):
+            new = (key_states.to(dtype := torch.get_autocast_dtype(device)), value_states.to(dtype))
         if self._rooms is None:
             self.hold([own[:, :, :0] for own in new], 0)
         assert self._rooms is not None
@@ -137,11 +142,13 @@ class Decoding:
 
     def states(self, rows: Sequence[int], lengths: Sequence[int]) -> Iterator[Tensor]:
         """The keys and values of the first `lengths` tokens of some rows, (2 layers, heads, tokens, width) each."""
-        for first in range(0, len(rows), _AT_ONCE):
-            some = slice(first, first + _AT_ONCE)
+        parts = [part for layer in self.cache.layers for part in (layer.keys, layer.values)]
+        for first in range(0, len(rows), AT_ONCE):
+            some = slice(first, first + AT_ONCE)
             index = torch.tensor(rows[some], device=self.model.device)
-            layers = self.cache.layers
-            block = torch.stack([part[index] for layer in layers for part in (layer.keys, layer.values)])
+            block = parts[0].new_empty(len(parts), len(index), *parts[0].shape[1:])
+            for number, part in enumerate(parts):  # stacked, all of them would be there twice
+                block[number] = part[index]
             for place, (row, length) in enumerate(zip(rows[some], lengths[some], strict=True)):
                 known, own = self._known[row], len(self.contexts[row])
                 spans = [

@@ -19,18 +19,22 @@ from agentgym_ig.grammar import GRAMMARS
 from agentgym_ig.lm.alone import alone_with, reading
 from agentgym_ig.lm.decoding import Decoding
 from agentgym_ig.lm.encode import OBSERVED, ConversationEncoder, Encoded, Tokenizer
-from agentgym_ig.lm.kept import Kept, key_of, reasons_against
+from agentgym_ig.lm.kept import CACHED_TOKENS, Kept, key_of, reasons_against
 from agentgym_ig.lm.sampling import choose
 from agentgym_ig.types import Action, Conversation
 
 logger = logging.getLogger(__name__)
 
 
-def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Tokenizer]:
+def load_model(
+    name_or_path: str, *, device: str = "cpu", dtype: str = "auto", attention: str | None = None
+) -> tuple[Any, Tokenizer]:
     """A causal language model and its tokenizer, from the hub or a folder, ready to sample.
 
-    Raises FileNotFoundError for a name that is neither, and ValueError for a model without a chat template or a device
-    that is not there.
+    attention: its kernel by transformers' name, as flash_attention_2; by default `sdpa`, where the model has it.
+
+    Raises FileNotFoundError for a name that is neither, ImportError for a kernel whose package is missing, and
+    ValueError for a model without a chat template, and a device or kernel that is not there.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch {torch.__version__} sees no CUDA device here; take cpu")
@@ -43,6 +47,10 @@ def load_model(name_or_path: str, *, device: str = "cpu", dtype: str = "auto") -
             f"cannot load model {name_or_path!r} ({here}, and the hub gave none): {error}"
         ) from error
     ConversationEncoder(tokenizer)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+        if model.config.get_text_config()._attn_implementation != attention:
+            raise ValueError(f"a {model.config.model_type} cannot attend by {attention!r}; leave it out")
     return model.to(device).eval(), tokenizer
 
 
@@ -130,7 +138,7 @@ class TransformersPolicy(LocalPolicy):
         temperature: float = 1.0,
         max_new_tokens: int = 512,
         batch_size: int = 128,
-        max_cached_tokens: int = 131_072,
+        max_cached_tokens: int = CACHED_TOKENS,
     ) -> None:
         super().__init__(model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens)
         if batch_size < 1 or max_cached_tokens < 0:
