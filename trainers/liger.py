@@ -13,15 +13,15 @@ _NOT_ITS_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 def with_liger(model: Model) -> Model:
     """The model, changed in place so that it computes by Liger's kernels; before an adapter is put on it.
 
-    Raises ImportError without the package, and ValueError for a model that is not on a GPU, or of a family for which
-    there are no kernels.
+    Raises ValueError for a model that is not on a GPU, or of a family for which there are no kernels, and ImportError
+    without the package.
     """
+    if model.device.type != "cuda":
+        raise ValueError(f"Liger's kernels run on a GPU, and the model is on {model.device}; leave out --liger")
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
     except ImportError as error:
         raise ImportError("Liger's kernels need their package: pip install 'agentgym_ig[liger]'") from error
-    if model.device.type != "cuda":
-        raise ValueError(f"Liger's kernels run on a GPU, and the model is on {model.device}; leave out --liger")
     family = model.config.model_type
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
