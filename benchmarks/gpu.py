@@ -8,13 +8,13 @@
   1.5B), what information gain adds (the goal is 10 % of the step), peak memory beside what the planner says, and the
   error of bfloat16 (benchmarks.gpu_parts).
 - rollout: tokens/s of each generation engine with the same models (benchmarks.engines).
-- kernels: updates of the 0.5B model by each attention kernel that is there, and with Liger's.
 - learning: a run of IGPO in the tiny world.
 - info_gain: scoring of information gain with a random 0.5B model, packed and online beside plain passes
   (benchmarks.info_gain).
 - flat_search: exact search over as many made-up vectors as wiki-18 has passages (21,015,324 of 768 numbers, 32 GB as
   float16), by torch and, where FAISS has GPUs, by FAISS, beside what the memory's bandwidth allows: a batch must read
   every vector once.
+- kernels: updates of the 0.5B model by each attention kernel that is there, and with Liger's.
 
 A part that fails is recorded with its error, and the others go on; one for which too little of --minutes is left is
 skipped, and says so. Not yet measured; the last command above tries all of the code on tiny shapes.
@@ -44,7 +44,7 @@ from benchmarks.measure import where
 
 SECONDS_WANTED = {
     "step 1.5B": 50, "step 0.5B": 40, "step 7B": 90, "rollout 1.5B": 30, "rollout 0.5B": 30, "rollout 7B": 40,
-    "kernels": 60, "learning": 60, "info_gain": 60, "flat_search": 80,
+    "learning": 60, "info_gain": 60, "flat_search": 80, "kernels": 60,
 }  # fmt: skip
 """Each part, in the order in which they run, and how many seconds must be left for it to begin: guesses."""
 SHARD = 500_000
@@ -118,10 +118,10 @@ def parts_of(size: Size, vectors: int, dimension: int, device: str) -> dict[str,
     """Name → what measures it, in the order of `SECONDS_WANTED`."""
     count, width, seconds = (*SMALL_VECTORS, 0.01) if size is SMALL else (vectors, dimension, SECONDS)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "kernels": partial(gpu_parts.kernels, size, device),
         "learning": partial(gpu_parts.learning, size, device),
         "info_gain": partial(gpu_parts.info_gain, size, device),
         "flat_search": partial(flat_search, count, width, device, seconds),
+        "kernels": partial(gpu_parts.kernels, size, device),
     }
     for name in MODELS:
         parts[f"step {name}"] = partial(gpu_parts.step, name, size, device)

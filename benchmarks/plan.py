@@ -140,9 +140,8 @@ class Resident:
 def measured(case: Case) -> dict[str, dict[str, int]]:
     """Bytes of a case's tensors, and of the process in each phase."""
     torch.set_num_threads(1)
-    _play(
-        replace(case, shape="small", rows=1, tokens=2 * NEW + 16)
-    )  # libraries load, kernels choose, at their first call
+    # Libraries load, and kernels choose, at their first call.
+    _play(replace(case, shape="small", rows=1, tokens=2 * NEW + 16))
     resident = Resident()
     return _play(case, resident)
 

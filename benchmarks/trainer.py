@@ -218,15 +218,16 @@ def steps() -> dict[str, Any]:
     """Phases of a step on real text, and how its time grows with turns, group size and length of actions."""
     with tempfile.TemporaryDirectory() as scratch:
         index = Bm25Index.build(read_corpus(PASSAGES), Path(scratch) / "index")
+        tiny = phases(index, questions=8, model="tiny", **STEP)
         first, *changed = [phases(index, **(STEP | own)) for own in ({}, *GROWTH)]
     laws = {}
     for (name, value), row in zip([pair for own in GROWTH for pair in own.items()], changed, strict=True):
         laws[name] = round(math.log(row["step_s"] / first["step_s"]) / math.log(value / STEP[name]), 2)
-    rows = [first, *changed]
+    rows = [tiny, first, *changed]
     return {"environment_share": max(row["environment_share"] for row in rows), "grows_as_power": laws, "rows": rows}
 
 
-STEP = {"turns": 2, "group": 4, "new": 32}
+STEP: dict[str, Any] = {"turns": 2, "group": 4, "new": 32}
 GROWTH: tuple[dict[str, int], ...] = ({"turns": 4}, {"group": 8}, {"new": 64})
 """A step's turns, episodes per question and tokens per action, and what is changed of it, one at a time."""
 

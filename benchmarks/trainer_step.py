@@ -1,6 +1,6 @@
 """Where the time of a training step goes, on real text with BM25 over 60,000 passages.
 
-The model, of 0.1 billion random parameters, writes every action in full; what the environment is given is a script's,
+The model, of random parameters, writes every action in full; what the environment is given is a script's,
 which searches for words of the question and answers at the end: random weights would never search. Keys and values are
 not kept from turn to turn here, since the script's words are not the model's, so that generation takes longer than it
 would; `environment_share_without_generation` leaves it out altogether.
@@ -27,14 +27,18 @@ from agentgym_ig.types import Action, Conversation
 from benchmarks import corpora
 from benchmarks.engines import endless
 
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "0.1B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+"""The first is as wide and deep as TinyWiki's policy; its 32,000 words make 2 million parameters of it."""
 
-def model_of(vocabulary: int = 32_000, **more: Any) -> Any:
-    """A random model of 0.1 billion parameters."""
-    size: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
-    heads: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True}
+
+def model_of(name: str = "0.1B", **more: Any) -> Any:
+    """A random model with 32,000 words."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=vocabulary, max_position_embeddings=32_768, **size, **heads, **more)
-    return Qwen2ForCausalLM(config).eval()
+    both: dict[str, Any] = {"vocab_size": 32_000, "max_position_embeddings": 32_768, "tie_word_embeddings": True}
+    return Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=4, **both, **SIZES[name], **more)).eval()
 
 
 def tokenizer_of() -> Any:
@@ -92,11 +96,13 @@ def timing(env: SearchVectorEnv, seconds: list[float]) -> Iterator[None]:
         env.step, env.reset = before  # type: ignore[method-assign]
 
 
-def phases(index: Bm25Index, *, turns: int, group: int, new: int, questions: int = 1) -> dict[str, Any]:
+def phases(
+    index: Bm25Index, *, turns: int, group: int, new: int, questions: int = 1, model: str = "0.1B"
+) -> dict[str, Any]:
     """Seconds of each phase of a step of GRPO, and the environment's share of it."""
     asked = corpora.questions("hotpotqa")[:50]
     env = SearchVectorEnv(index, asked, questions * group, Rules(max_turns=turns, top_k=3))
-    policy = TransformersPolicy(model_of(), tokenizer_of(), max_new_tokens=new, max_cached_tokens=0)
+    policy = TransformersPolicy(model_of(model), tokenizer_of(), max_new_tokens=new, max_cached_tokens=0)
     endless(policy)
     config = TrainConfig(questions_per_step=questions, group_size=group, micro_batch=8, steps=2)
     engine = Scripted(policy, turns)
@@ -109,7 +115,7 @@ def phases(index: Bm25Index, *, turns: int, group: int, new: int, questions: int
     whole = metrics["rollout_s"] + metrics["score_s"] + metrics["update_s"]
     rest = metrics["score_s"] + metrics["update_s"]
     return {
-        "episodes": questions * group, "turns": turns, "tokens_per_action": new,
+        "model": model, "episodes": questions * group, "turns": turns, "tokens_per_action": new,
         "searches": metrics["searches"],
         "generation_s": round(metrics["rollout_s"] - sum(seconds), 4), "environment_s": round(sum(seconds), 4),
         "score_s": metrics["score_s"], "update_s": metrics["update_s"], "step_s": round(whole, 4),

@@ -59,7 +59,7 @@ def test_values_and_gradients_are_those_of_the_formula(
     inputs = [hidden, weight, bias]
     pulls = torch.randn(2, len(tokens), generator=torch.Generator().manual_seed(1))
     pulls *= torch.tensor([[about != "entropies"], [about != "logprobs"]])
-    found = readout.logprobs_and_entropies(*inputs, tokens, FINISHES[name])
+    found = readout.logprobs_and_entropies(hidden, weight, bias, tokens, FINISHES[name])
     wanted = plainly(hidden, weight, bias, tokens, FINISHES[name])
     for one, other in zip(found, wanted, strict=True):
         assert_close(one.double(), other, atol=2e-6, rtol=0)

@@ -248,7 +248,8 @@ def reading(own: Sketch, rows: int, tokens: int, *, bf16: bool, masked: bool, dt
             with Held(model) as held, torch.autocast("cpu", torch.bfloat16, enabled=bf16 and dtype == "float32"):
                 decoder, cache = model.get_decoder(), DynamicCache(config=model.config)
                 decoder(input_ids=ids, attention_mask=mask, **with_cache(decoder, cache))
-            kept = [own for layer in cache.layers for own in (layer.keys, layer.values)]
+            layers: Any = cache.layers  # transformers types them as any kind of layer
+            kept = [own for layer in layers for own in (layer.keys, layer.values)]
         beside = held.peak - sum(own.nbytes for own in kept) + (0 if mask is None else mask.nbytes)
         return beside, sum(own.numel() for own in kept)
 

@@ -127,7 +127,7 @@ class _Readout(torch.autograd.Function):
                         _add_product(of_weight[words], gradient.T, hidden[rows])
                     if of_bias is not None:
                         of_bias[words] += gradient.sum(0)
-                if of_hidden is not None:
+                if of_hidden is not None and pulled is not None:
                     of_hidden[rows] = pulled
         return of_hidden, of_weight, of_bias, None, None
 

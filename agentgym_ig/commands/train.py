@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,8 +141,12 @@ def train(
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar(f"training {recipe}", settings.steps) as advance:
         folder = run_training(run, resume=resume, progress=_shown(advance))
-    places = (f" --questions {questions}" if questions else "") + "".join(f" --index {own}" for own in index or ())
-    console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}{places}")
+    console.print(_what_next(folder, suite, questions, index or ()))
+
+
+def _what_next(folder: Path, suite: str, questions: Path | None, index: Sequence[str]) -> str:
+    places = (f" --questions {questions}" if questions else "") + "".join(f" --index {own}" for own in index)
+    return f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}{places}"
 
 
 def _shown(advance: Callable[[int, str], None]) -> Callable[[int, dict[str, Any]], None]:
