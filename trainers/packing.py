@@ -138,11 +138,13 @@ def packing(*models: Model | None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for model in models:
-            if model is not None and model not in _INSIDE and can_pack(model):
-                kernel = kernel_of(model)
-                stack.enter_context(attending_by(model, PACKED if kernel == "sdpa" else kernel))
-                stack.callback(_INSIDE.discard, model)
-                _INSIDE.add(model)
+            if model is not None and can_pack(model):
+                stack.enter_context(alone_with(model))
+                if model not in _INSIDE:
+                    kernel = kernel_of(model)
+                    stack.enter_context(attending_by(model, PACKED if kernel == "sdpa" else kernel))
+                    stack.callback(_INSIDE.discard, model)
+                    _INSIDE.add(model)
         yield
 
 
