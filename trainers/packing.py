@@ -118,9 +118,9 @@ def kernel_of(model: Model) -> str:
 
 @contextmanager
 def attending_by(model: Model, kernel: str) -> Iterator[None]:
-    """Have a model, which nobody else reads meanwhile, compute by another attention kernel."""
-    before = kernel_of(model)
+    """Have a model compute by another attention kernel; nobody else reads it meanwhile."""
     with alone_with(model):
+        before = kernel_of(model)
         if kernel != before:
             model.set_attn_implementation(kernel)
         try:
