@@ -4,7 +4,8 @@
 
 - update: an optimiser step of GRPO on the same model, episodes and token ids as TRL's GRPOTrainer takes it, of a small
   policy (TinyWiki's, on episodes that it has played) and of a random model of 0.1 billion parameters on episodes of
-  one to five turns with replies of some 250 tokens. Both in one pass over the batch, with AdamW; losses are compared.
+  one to five turns with replies of some 250 tokens, and on episodes of one length, which have no padding. Both in one
+  pass over the batch, with AdamW; losses are compared.
 - engines: tokens per second of a rollout over those of the bare engine (`benchmarks/engines.py` has more).
 - memory: what log-probabilities of 32,768 tokens over 152,064 words, and their gradient, add to the memory's peak.
 - steps: where the time of a step goes, with BM25 over 60,000 passages (`benchmarks/trainer_step.py`), and the power of
@@ -56,11 +57,14 @@ from benchmarks.measure import fresh, side_by_side, where
 from benchmarks.trainer_step import model_of as trained_model
 from benchmarks.trainer_step import phases
 
-EPISODES = {"tiny": 96, "0.1B": 4}
-PROMPT, ACTION, REPLY, TURNS = (150, 250), (40, 120), (200, 300), (1, 5)
-"""Tokens of made-up episodes, and turns: from, to."""
+EPISODES = {"tiny": 96, "0.1B": 4, "0.1B, equal lengths": 4}
+LENGTHS = {
+    "0.1B": ((150, 250), (40, 120), (200, 300), (1, 5)),
+    "0.1B, equal lengths": ((200, 200), (80, 80), (250, 250), (2, 2)),
+}
+"""Tokens of made-up episodes' openings, actions and replies, and turns before the answer: from, to."""
 RATE = 1e-6
-ROUNDS = {"tiny": 7, "0.1B": 1}
+ROUNDS = {"tiny": 7, "0.1B": 1, "0.1B, equal lengths": 1}
 
 
 def model_of(name: str) -> tuple[Any, Any]:
@@ -77,14 +81,14 @@ def episodes_of(name: str, vocabulary: int) -> list[Encoded]:
         env, policy = training_env(training_world(0), EPISODES[name]), tiny_policy(*load_policy_model(WARM_START))
         starts = draw_starts(sorted(env.questions), tiny_config(0), 0)
         return [policy.encoder.encode(own.conversation) for own in rollout(env, policy, starts)]
-    draw = random.Random(0)
-    found = []
+    draw, found = random.Random(0), []
+    prompt, action, reply, most = LENGTHS[name]
     for _ in range(EPISODES[name]):
-        turns = draw.randint(*TURNS)
-        parts = [(OBSERVED, draw.randint(*PROMPT))]
+        turns = draw.randint(*most)
+        parts = [(OBSERVED, draw.randint(*prompt))]
         for turn in range(turns):
-            parts += [(turn, draw.randint(*ACTION)), (OBSERVED, draw.randint(*REPLY))]
-        parts[-1] = (turns, draw.randint(*ACTION))
+            parts += [(turn, draw.randint(*action)), (OBSERVED, draw.randint(*reply))]
+        parts[-1] = (turns, draw.randint(*action))
         written = [own for own, length in parts for _ in range(length)]
         found.append(Encoded([draw.randrange(10, vocabulary) for _ in written], written, []))
     return found
