@@ -177,3 +177,12 @@ def test_a_layout_and_back(lengths: list[int]) -> None:
         first = sum(lengths[:row])
         assert torch.equal(own[:, :length], tokens[0, :, first : first + length])
     assert torch.equal(layout.packed(spread.transpose(1, 2)), tokens.transpose(1, 2))
+
+
+def test_a_kernel_of_half_precision_wants_bfloat16() -> None:
+    model = deepcopy(untrained("llama"))
+    AttentionInterface.register("flash_of_a_test", sdpa_attention_forward)
+    model.config._attn_implementation_internal = "flash_of_a_test"
+    with pytest.raises(ValueError, match="flash_of_a_test computes in half precision alone: set bf16"):
+        make_learner(model, None, TrainConfig())
+    make_learner(model, None, TrainConfig(bf16=True))
