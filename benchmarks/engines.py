@@ -17,7 +17,7 @@ a GPU.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -73,28 +73,25 @@ def words(count: int, source: random.Random) -> str:
     return " ".join(source.choices(sorted(known), k=count))
 
 
-def conversations(batch: int) -> list[Conversation]:
-    """Prompts of unequal length."""
+def conversations(batch: int, length: tuple[int, int] = PROMPT) -> list[Conversation]:
+    """Prompts of so many random words, from and to."""
     source = random.Random(0)
-    return [Conversation((Message("user", words(source.randint(*PROMPT), source)),), seed) for seed in range(batch)]
+    return [Conversation((Message("user", words(source.randint(*length), source)),), seed) for seed in range(batch)]
 
 
-def played(policy: LocalPolicy, count: int, prompt: int, replies: Sequence[int]) -> list[Conversation]:
-    """Whole conversations: an opening of so many random words, an action, and replies of so many with an action behind
-    each.
-    """
-    source = random.Random(0)
-    talks = [Conversation((Message("user", words(prompt, source)),), seed) for seed in range(count)]
+def played(policy: LocalPolicy, talks: list[Conversation], turns: int, reply: tuple[int, int]) -> list[Conversation]:
+    """Conversations with so many actions, and replies of so many random words, from and to, between them."""
+    source = random.Random(1)
     with session_of(policy):
-        for reply in (*replies, 0):
+        for turn in range(turns):
+            if turn:
+                talks = [own.plus(Message("tool", words(source.randint(*reply), source))) for own in talks]
             actions = policy(talks)
             talks = [
                 own.plus(Message("assistant", action.text, action.token_ids))
                 for own, action in zip(talks, actions, strict=True)
                 if action is not None
             ]
-            if reply:
-                talks = [own.plus(Message("tool", words(reply, source))) for own in talks]
     return talks
 
 
@@ -128,22 +125,11 @@ def engines(model: Any, batch: int, new: int, *, continuous: bool) -> dict[str, 
 def reuse(model: Any, batch: int, new: int) -> dict[str, float]:
     """Seconds of `TURNS` turns of all episodes, with keys and values kept and without."""
 
-    def played(cached: int) -> None:
+    def episodes(cached: int) -> None:
         policy = TransformersPolicy(model, tiny_tokenizer(), max_new_tokens=new, max_cached_tokens=cached)
-        talks, source = conversations(batch), random.Random(1)
-        with session_of(endless(policy)):
-            for _ in range(TURNS):
-                actions = policy(talks)
-                talks = [
-                    own.plus(
-                        Message("assistant", action.text, action.token_ids),
-                        Message("tool", words(source.randint(*REPLY), source)),
-                    )
-                    for own, action in zip(talks, actions, strict=True)
-                    if action is not None
-                ]
+        played(endless(policy), conversations(batch), TURNS, REPLY)
 
-    times = side_by_side({"kept": lambda: played(1_000_000), "anew": lambda: played(0)}, rounds=3)
+    times = side_by_side({"kept": lambda: episodes(1_000_000), "anew": lambda: episodes(0)}, rounds=3)
     return {f"{name}_s": round(seconds, 3) for name, seconds in times.items()} | {
         "kept_over_anew": round(times["anew"] / times["kept"], 3)
     }

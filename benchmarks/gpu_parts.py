@@ -44,7 +44,7 @@ from agentgym_ig.trainers.tinywiki import (
 )
 from agentgym_ig.trainers.update import Update
 from benchmarks import info_gain as info_gain_ways
-from benchmarks.engines import endless, engines, played
+from benchmarks.engines import conversations, endless, engines, played
 from benchmarks.learning import ASKED, Trial, _evaluation
 
 PEAK = 790e12
@@ -220,7 +220,8 @@ class Step:
         size = self.size
         policy = endless(TransformersPolicy(self.model, tiny_tokenizer(), max_new_tokens=size.new))
         with precision(self.config, self.model.device):
-            talks = played(policy, size.episodes, size.prompt, [size.reply] * (size.turns - 1))
+            talks = conversations(size.episodes, (size.prompt, size.prompt))
+            talks = played(policy, talks, size.turns, (size.reply, size.reply))
         return [policy.encoder.encode(own) for own in talks]
 
     def scored(self, encoded: list[Encoded], *, gain: bool, bf16: bool = True) -> list[Scored]:

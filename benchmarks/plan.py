@@ -38,7 +38,7 @@ from agentgym_ig.trainers.recipes import with_kl
 from agentgym_ig.trainers.reference import reference_of
 from agentgym_ig.trainers.scoring import token_logprobs
 from agentgym_ig.trainers.update import Update
-from benchmarks.engines import endless, played
+from benchmarks.engines import conversations, endless, played
 from benchmarks.measure import fresh, where
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -175,7 +175,8 @@ def _play(case: Case, resident: Resident | None = None) -> dict[str, dict[str, i
     def rollout() -> None:
         policy = endless(TransformersPolicy(model, tiny_tokenizer(), max_new_tokens=NEW, batch_size=case.rows))
         with precision(settings, torch.device("cpu")):
-            played(policy, 2 * case.rows, case.turn, [case.turn])
+            length = (case.turn, case.turn)
+            played(policy, conversations(2 * case.rows, length), 2, length)
 
     update(Experience(encoded, columns), 0)  # the optimiser's state is made
     gradients = sum(own.nbytes for group in learner.parameters for own in group)

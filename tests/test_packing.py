@@ -17,12 +17,13 @@ from torch.testing import assert_close
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from agentgym_ig.lm.attention import attending_by
 from agentgym_ig.lm.encode import OBSERVED, Encoded
 from agentgym_ig.trainers import TokenBatch, TrainConfig, pad
 from agentgym_ig.trainers.adapters import with_lora
 from agentgym_ig.trainers.critic import Critic
 from agentgym_ig.trainers.learner import make_learner
-from agentgym_ig.trainers.packing import Layout, _bounds, attending_by, can_pack, packing
+from agentgym_ig.trainers.packing import Layout, _bounds, can_pack, packing
 from agentgym_ig.trainers.scoring import token_entropies, token_logprobs
 from tests.tiny import untrained
 

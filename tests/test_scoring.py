@@ -20,11 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from agentgym_ig import combine_aliases
 from agentgym_ig.envs import InfoGain, SearchEnv, add_channel
+from agentgym_ig.lm.attention import attending_by, kernel_of
 from agentgym_ig.lm.encode import Branch, ConversationEncoder
 from agentgym_ig.lm.tiny import tiny_tokenizer
 from agentgym_ig.prompts import PROMPTS
 from agentgym_ig.trainers import OnlineScorer, Scorer, Stem, TokenBatch, pack, pad, token_logprobs
-from agentgym_ig.trainers.packing import attending_by, kernel_of
 from agentgym_ig.trainers.scoring import _tree_masks
 from agentgym_ig.types import Action, Conversation, Message, Question, Stop, Trajectory, Turn
 from tests.largest import LargestLogits

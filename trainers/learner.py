@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from agentgym_ig.lm.attention import kernel_of
 from agentgym_ig.lm.encode import Encoded
 from agentgym_ig.trainers import ranks, sharding
 from agentgym_ig.trainers.config import TrainConfig
@@ -20,7 +21,6 @@ from agentgym_ig.trainers.critic import Critic
 from agentgym_ig.trainers.experience import Experience
 from agentgym_ig.trainers.memory import Portion
 from agentgym_ig.trainers.modes import without_dropout
-from agentgym_ig.trainers.packing import kernel_of
 
 Reference = Callable[[Sequence[Encoded]], list[Tensor]]
 """From conversations to the (T,) log-probabilities that the policy's tokens have under the reference model."""

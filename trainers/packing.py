@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from agentgym_ig.lm.alone import alone_with
+from agentgym_ig.lm.attention import attending_by, kernel_of
 from agentgym_ig.trainers.readout import Model
 
 PACKED = "agentgym_ig_packed"
@@ -109,25 +110,6 @@ def can_pack(model: Model) -> bool:
         and kernel_of(model) in (*KERNELS, PACKED)
         and set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= _KINDS
     )
-
-
-def kernel_of(model: Model) -> str:
-    """The attention kernel that a model computes by."""
-    return str(model.config.get_text_config()._attn_implementation)
-
-
-@contextmanager
-def attending_by(model: Model, kernel: str) -> Iterator[None]:
-    """Have a model compute by another attention kernel; nobody else reads it meanwhile."""
-    with alone_with(model):
-        before = kernel_of(model)
-        if kernel != before:
-            model.set_attn_implementation(kernel)
-        try:
-            yield
-        finally:
-            if kernel != before:
-                model.set_attn_implementation(before)
 
 
 @contextmanager

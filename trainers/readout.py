@@ -90,8 +90,7 @@ class _Readout(torch.autograd.Function):
             for rows, every in _tiles(len(hidden), len(weight)):
                 sums = _Sums(tokens[rows])
                 for words in every:
-                    raw = nn.functional.linear(hidden[rows], weight[words], None if bias is None else bias[words])
-                    sums.add(finish(raw), words)
+                    sums.add(finish(_raw(hidden[rows], weight, bias, words)), words)
                 totals[rows] = sums.total
                 logprobs[rows] = sums.chosen - totals[rows]
                 entropies[rows] = totals[rows] - sums.moment / sums.shares
@@ -113,8 +112,7 @@ class _Readout(torch.autograd.Function):
                 by_logprob, by_entropy = (None if own is None else own[rows, None] for own in by)
                 pulled = None if of_hidden is None else torch.zeros_like(of_hidden[rows], dtype=torch.float32)
                 for words in every:
-                    raw = nn.functional.linear(hidden[rows], weight[words], None if bias is None else bias[words])
-                    logits = context.finish(raw)
+                    logits = context.finish(_raw(hidden[rows], weight, bias, words))
                     slope = context.finish.slope(logits)
                     gradient = _by_logits(
                         logits, _Place.of(tokens[rows], words), totals[rows, None], entropies[rows, None],
@@ -130,6 +128,11 @@ class _Readout(torch.autograd.Function):
                 if of_hidden is not None and pulled is not None:
                     of_hidden[rows] = pulled
         return of_hidden, of_weight, of_bias, None, None
+
+
+def _raw(hidden: Tensor, weight: Tensor, bias: Tensor | None, words: slice) -> Tensor:
+    """(n, words) what the output layer makes of hidden states (n, H) for some words."""
+    return nn.functional.linear(hidden, weight[words], None if bias is None else bias[words])
 
 
 class _Sums:

@@ -19,11 +19,12 @@ from transformers import DynamicCache
 from agentgym_ig.belief import with_belief
 from agentgym_ig.lm.alone import reading
 from agentgym_ig.lm.arguments import with_cache
+from agentgym_ig.lm.attention import attending_by, kernel_of
 from agentgym_ig.lm.encode import OBSERVED, Branch, ConversationEncoder, Encoded
 from agentgym_ig.lm.kept import odd_positions
 from agentgym_ig.prompts import Prompt
 from agentgym_ig.trainers.batch import PackedBatch, Stem, TokenBatch, pack, pad
-from agentgym_ig.trainers.packing import attending_by, inputs_of, kernel_of, packing
+from agentgym_ig.trainers.packing import inputs_of, packing
 from agentgym_ig.trainers.readout import Model, read_tokens_at
 from agentgym_ig.types import Conversation, Trajectory
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentgym_ig.grammar import GRAMMARS
 from agentgym_ig.lm.alone import alone_with, reading
+from agentgym_ig.lm.attention import kernel_of
 from agentgym_ig.lm.decoding import Decoding
 from agentgym_ig.lm.encode import OBSERVED, ConversationEncoder, Encoded, Tokenizer
 from agentgym_ig.lm.kept import CACHED_TOKENS, Kept, key_of, reasons_against
@@ -49,7 +50,7 @@ def load_model(
     ConversationEncoder(tokenizer)
     if attention is not None:
         model.set_attn_implementation(attention)
-        if model.config.get_text_config()._attn_implementation != attention:
+        if kernel_of(model) != attention:
             raise ValueError(f"a {model.config.model_type} cannot attend by {attention!r}; leave it out")
     return model.to(device).eval(), tokenizer
 
