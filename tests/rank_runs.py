@@ -1,10 +1,14 @@
-"""A small run in which one of several processes meets a value that is not finite. Started by a launcher:
+"""What a launcher starts in several processes: `agentgym-ig`, or a small run in which one of them meets a value that is
+not finite. At their end they print which threads of their group are left.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.rank_runs FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.rank_runs train ...
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.rank_runs failing FOLDER
 """
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agentgym_ig.commands.main import main
 from agentgym_ig.trainers import ranks, recipe, train
 from agentgym_ig.trainers.losses import clipped_loss
 from tests.runs import fresh, paid_env, weights
 
 FAILS = 1
 """The update, of three, that fails on the last rank."""
+
+LEFT = "threads of the group that are left:"
 
 
 class Failing:
@@ -37,11 +44,25 @@ class Failing:
         return clipped_loss(logprobs, old, advantages, mask=mask)
 
 
-if __name__ == "__main__":
+def failing(folder: Path) -> None:
+    """Three steps, the second of which fails on the last rank."""
     torch.set_num_threads(1)
     ranks.join("cpu")
     chosen: Any = replace(recipe("grpo"), loss=Failing(), kl=0.0)
-    run = fresh(Path(sys.argv[1]) / "run", chosen, env=paid_env(), steps=3, group_size=4)
+    run = fresh(folder / "run", chosen, env=paid_env(), steps=3, group_size=4)
     train(run)
     total = sum(float(own.double().abs().sum()) for own in weights(run.policy.model).values())
     assert len(set(ranks.gather(total))) == 1, "the ranks' weights are no longer the same"
+    ranks.leave()
+
+
+def print_threads_left() -> None:
+    """Threads of gloo: one that gives a tensor back while Python shuts down aborts the process, now and then."""
+    names = [own.read_text().strip() for own in Path("/proc/self/task").glob("*/comm")]
+    line = f"{LEFT} {[name for name in names if 'gloo' in name]}\n"
+    os.write(sys.stdout.fileno(), line.encode())  # at once: the processes have one pipe
+
+
+if __name__ == "__main__":
+    atexit.register(print_threads_left)  # the first that registers is the last that is called
+    failing(Path(sys.argv[2])) if sys.argv[1] == "failing" else main()

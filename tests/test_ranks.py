@@ -24,6 +24,7 @@ from torch.testing import assert_close
 from agentgym_ig.records import METRICS_FILE
 from agentgym_ig.trainers import ranks
 from agentgym_ig.trainers.checkpoint import checkpoints
+from tests.rank_runs import LEFT
 
 STEPS = 3
 TRAIN = ["train", "--questions-per-step", "3", "--group-size", "4", "--micro-batch", "4", "--updates-per-step", "2"]
@@ -59,7 +60,7 @@ def started(kind: str, out: Path, *more: str, steps: int = STEPS) -> subprocess.
     command = [
         *launcher(kind, out.parent),
         "-m",
-        "agentgym_ig",
+        "agentgym_ig" if kind == "one" else "tests.rank_runs",
         *TRAIN,
         "--steps",
         str(steps),
@@ -75,6 +76,7 @@ def trained(kind: str, out: Path, *more: str, steps: int = STEPS) -> Path:
     process = started(kind, out, *more, steps=steps)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
+    assert kind != "two" or output.count(f"{LEFT} []") == 2, output
     return out
 
 
@@ -126,10 +128,11 @@ def test_a_rank_that_dies_stops_all_and_another_number_of_ranks_goes_on(tmp_path
 
 @pytest.mark.slow
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
-    command = [*launcher("two", tmp_path), "-m", "tests.rank_runs", str(tmp_path)]
+    command = [*launcher("two", tmp_path), "-m", "tests.rank_runs", "failing", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"{LEFT} []") == 2
     assert [row["skipped_updates"] for row in rows(tmp_path / "run")] == [0, 1, 0]
     assert [row["updates"] for row in rows(tmp_path / "run")] == [1, 0, 1]
 

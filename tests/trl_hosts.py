@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 from dataclasses import replace
@@ -15,9 +16,10 @@ from safetensors.torch import save_model
 from trl import GRPOConfig
 
 from agentgym_ig.envs.rollout import VectorSearch
-from agentgym_ig.trainers import Recipe, recipe
+from agentgym_ig.trainers import Recipe, ranks, recipe
 from agentgym_ig.trainers.tinywiki import WARM_START, load_policy_model, tiny_recipe
 from agentgym_ig.trainers.trl_host import SearchGRPOTrainer, trl_settings
+from tests.rank_runs import print_threads_left
 from tests.runs import paid_env
 
 EACH, ROWS = 4, 12
@@ -79,12 +81,18 @@ def shared(folder: Path, processes: int) -> SearchGRPOTrainer:
     return host(folder, everything(), rate=0.05, per_device_train_batch_size=ROWS // 2 // processes, **parts)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, processes = Path(sys.argv[1]), int(sys.argv[2])
+def train_shared(folder: Path, processes: int) -> None:
+    """As one of so many processes; the first writes the weights and the log."""
     trainer = shared(folder, processes)
     assert trainer.accelerator.num_processes == processes
     trainer.train()
     if trainer.accelerator.is_main_process:
         save_model(trainer.model, str(folder / "weights.safetensors"))
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    atexit.register(print_threads_left)
+    torch.set_num_threads(1)
+    train_shared(Path(sys.argv[1]), int(sys.argv[2]))
+    ranks.leave()

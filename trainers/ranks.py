@@ -1,13 +1,14 @@
 """Several processes that train one model: who does which rows, and what they tell each other.
 
-`accelerate launch` (or torchrun) starts the processes and `join` makes them a group; without it there is one rank, and
-everything here does nothing. Each rank plays its own groups of episodes. Then all of them know all episodes, so that
-advantages, denominators and metrics are those of one process, and each learns from its own rows, of about as many
-tokens as every other's. Nothing that is sent is pickled.
+`accelerate launch` (or torchrun) starts the processes, `join` makes them a group, and `leave` ends it; without them
+there is one rank, and everything here does nothing. Each rank plays its own groups of episodes. Then all of them know
+all episodes, so that advantages, denominators and metrics are those of one process, and each learns from its own rows,
+of about as many tokens as every other's. Nothing that is sent is pickled.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +43,22 @@ def join(device: str) -> str:
     _joined = True
     state = PartialState(cpu=device == "cpu")
     return device if device == "cpu" else str(state.device)
+
+
+def leave() -> None:
+    """End the group; for every rank, when none has more to say. Not after an error: others may wait for this one.
+
+    A thread of gloo that gives a tensor back while Python shuts down aborts the process, and the launcher then takes a
+    finished run for one that failed. The threads end with the last object that holds the group, as a module under DDP
+    does: call this where the model is out of scope. DTensor's caches hold it for good; there the barrier, which has no
+    tensors, is what the threads have done last.
+    """
+    global _joined
+    if dist.is_initialized():
+        dist.barrier()
+        gc.collect()
+        dist.destroy_process_group()
+    _joined = False
 
 
 def count() -> int:

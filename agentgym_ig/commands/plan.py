@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
@@ -64,6 +65,14 @@ def join_processes(device: str) -> str:
     device = ranks.join(device)
     console.quiet = not ranks.first()
     return device
+
+
+def leave_processes(last_words: str) -> None:
+    """Have the group end once the command's model is out of scope, which it is at the end of the program."""
+    from agentgym_ig.trainers import ranks
+
+    console.print(last_words)
+    atexit.register(ranks.leave)
 
 
 def check_processes(gpus: int | None, shard: str | None) -> None:

@@ -26,6 +26,7 @@ from agentgym_ig.commands.plan import (
     ShardOption,
     check_processes,
     join_processes,
+    leave_processes,
     show_dry_run,
 )
 
@@ -141,7 +142,7 @@ def train(
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar(f"training {recipe}", settings.steps) as advance:
         folder = run_training(run, resume=resume, progress=_shown(advance))
-    console.print(_what_next(folder, suite, questions, index or ()))
+    leave_processes(_what_next(folder, suite, questions, index or ()))
 
 
 def _what_next(folder: Path, suite: str, questions: Path | None, index: Sequence[str]) -> str:
