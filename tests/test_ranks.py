@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -35,30 +34,20 @@ RECIPES = {
 }
 
 
-def launcher(kind: str, folder: Path) -> list[str]:
-    """What starts two processes: torchrun, or accelerate with the shards of the configuration that we ship, on CPUs."""
+def launcher(kind: str) -> list[str]:
+    """What starts one process, or two: by torchrun, or by accelerate with the shards of the configuration we ship."""
     if kind == "one":
         return [sys.executable]
     if kind == "two":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    config = yaml.safe_load((files("agentgym_ig") / "launch" / "fsdp.yaml").read_text())
-    own = folder / "fsdp.yaml"
-    own.write_text(yaml.safe_dump(config | {"use_cpu": True}))
-    start = [
-        "accelerate.commands.launch",
-        "--config_file",
-        str(own),
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
+    config = str(files("agentgym_ig") / "launch" / "fsdp.yaml")
+    start = ["accelerate.commands.launch", "--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
     return [sys.executable, "-m", *start]
 
 
 def started(kind: str, out: Path, *more: str, steps: int = STEPS) -> subprocess.Popen[str]:
     command = [
-        *launcher(kind, out.parent),
+        *launcher(kind),
         "-m",
         "agentgym_ig" if kind == "one" else "tests.rank_runs",
         *TRAIN,
@@ -128,7 +117,7 @@ def test_a_rank_that_dies_stops_all_and_another_number_of_ranks_goes_on(tmp_path
 
 @pytest.mark.slow
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
-    command = [*launcher("two", tmp_path), "-m", "tests.rank_runs", "failing", str(tmp_path)]
+    command = [*launcher("two"), "-m", "tests.rank_runs", "failing", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import DynamicCache
 
+from agentgym_ig.lm import CACHED_TOKENS
 from agentgym_ig.lm.alone import reading
 from agentgym_ig.lm.encode import Branch, ConversationEncoder, Encoded
 from agentgym_ig.prompts import Prompt
@@ -45,7 +46,7 @@ class OnlineScorer(Scorer):
         *,
         temperature: float = 1.0,
         batch_size: int = 64,
-        max_cached_tokens: int = 131_072,
+        max_cached_tokens: int = CACHED_TOKENS,
     ) -> None:
         super().__init__(model, encoder, prompt, temperature=temperature, batch_size=batch_size)
         self.max_cached_tokens = max_cached_tokens

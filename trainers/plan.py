@@ -13,8 +13,8 @@ from math import ceil
 from types import MappingProxyType
 from typing import Any
 
+from agentgym_ig.lm import CACHED_TOKENS
 from agentgym_ig.lm.decoding import AT_ONCE
-from agentgym_ig.lm.kept import CACHED_TOKENS
 from agentgym_ig.trainers.footprint import Counts, Sketch, activations, configuration, counts, reading
 from agentgym_ig.trainers.readout import TILE
 
@@ -117,6 +117,11 @@ class Job:
     def parts(self) -> int:
         """Into how many parts weights, gradients and optimiser are cut."""
         return self.gpus if self.shard == "fsdp" else 1
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights while episodes are played and scored: FSDP gathers them in what is computed in."""
+        return "bfloat16" if self.parts > 1 and self.bf16 else "float32"
 
     @property
     def played(self) -> int:
@@ -251,11 +256,10 @@ def _rollout(job: Job, own: Counts) -> tuple[int, int]:
     All episodes of a step are under way together. Where the sampler cannot keep all of them, it is taken to read those
     that it samples at one time from their beginning.
     """
-    dtype = "bfloat16" if job.parts > 1 and job.bf16 else "float32"
-    whole = reading(job.model, job.sampled, job.context, bf16=job.bf16, masked=True, dtype=dtype)
+    whole = reading(job.model, job.sampled, job.context, bf16=job.bf16, masked=True, dtype=job.dtype)
     tokens, rows, beside = job.played * job.context, job.sampled, whole.beside
     if job.turn is not None and job.turn < job.context and tokens <= job.max_cached_tokens:
-        new = reading(job.model, rows, job.turn, bf16=job.bf16, masked=False, dtype=dtype)
+        new = reading(job.model, rows, job.turn, bf16=job.bf16, masked=False, dtype=job.dtype)
         beside = new.beside + rows * job.turn * job.context  # a byte for each pair in the mask
     token = whole.cached * (2 if job.bf16 else 4) // (rows * job.context)
     held = (
@@ -265,9 +269,8 @@ def _rollout(job: Job, own: Counts) -> tuple[int, int]:
 
 
 def _scoring(job: Job) -> int:
-    dtype = "bfloat16" if job.parts > 1 and job.bf16 else "float32"
-    read = reading(job.model, job.micro_batch, job.context, bf16=job.bf16, masked=False, dtype=dtype)
-    return read.beside + (read.cached * (2 if dtype == "bfloat16" else 4) if job.belief else 0)
+    read = reading(job.model, job.micro_batch, job.context, bf16=job.bf16, masked=False, dtype=job.dtype)
+    return read.beside + (read.cached * (2 if job.dtype == "bfloat16" else 4) if job.belief else 0)
 
 
 def step_flops(job: Job, own: Counts) -> dict[str, float]:

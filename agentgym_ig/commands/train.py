@@ -29,6 +29,7 @@ from agentgym_ig.commands.plan import (
     leave_processes,
     show_dry_run,
 )
+from agentgym_ig.lm import CACHED_TOKENS
 
 LoraOption = Annotated[int | None, typer.Option(help="Train a LoRA adapter of this rank, not all weights (peft).")]
 Bf16Option = Annotated[bool, typer.Option("--bf16", help="Forward passes in bfloat16; weights stay in float32.")]
@@ -83,7 +84,7 @@ def train(
     rollout_batch: Annotated[int, typer.Option(help="Episodes sampled at once: lower it if memory runs out.")] = 128,
     max_cached_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens whose keys and values are kept from turn to turn.")
-    ] = 131_072,
+    ] = CACHED_TOKENS,
     max_skipped_updates: Annotated[int | None, typer.Option(help="Updates not finite that are let pass.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens per action: 16 for tinywiki, else 256.")] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,

@@ -16,6 +16,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from agentgym_ig.errors import EngineFailed
 from agentgym_ig.grammar import GRAMMARS
+from agentgym_ig.lm import CACHED_TOKENS
 from agentgym_ig.lm.alone import alone_with
 from agentgym_ig.lm.encode import Encoded, Tokenizer
 from agentgym_ig.lm.kept import WeightWatch
@@ -55,7 +56,7 @@ class ContinuousPolicy(LocalPolicy):
         *,
         temperature: float = 1.0,
         max_new_tokens: int = 512,
-        max_cached_tokens: int = 131_072,
+        max_cached_tokens: int = CACHED_TOKENS,
         max_batch_tokens: int = 2048,
     ) -> None:
         super().__init__(model, tokenizer, temperature=temperature, max_new_tokens=max_new_tokens)

@@ -10,9 +10,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-CACHED_TOKENS = 131_072
-"""Tokens whose keys and values are kept at most, unless somebody says otherwise."""
-
 
 def reasons_against(config: Any) -> list[str]:
     """Why keys and values of a model of this configuration are of no use in another place or batch; empty if they are.

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentgym_ig.grammar import GRAMMARS
+from agentgym_ig.lm import CACHED_TOKENS
 from agentgym_ig.lm.alone import alone_with, reading
 from agentgym_ig.lm.attention import kernel_of
 from agentgym_ig.lm.decoding import Decoding
 from agentgym_ig.lm.encode import OBSERVED, ConversationEncoder, Encoded, Tokenizer
-from agentgym_ig.lm.kept import CACHED_TOKENS, Kept, key_of, reasons_against
+from agentgym_ig.lm.kept import Kept, key_of, reasons_against
 from agentgym_ig.lm.sampling import choose
 from agentgym_ig.types import Action, Conversation
 
