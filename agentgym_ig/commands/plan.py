@@ -68,7 +68,7 @@ def join_processes(device: str) -> str:
 
 
 def leave_processes(last_words: str) -> None:
-    """Have the group end once the command's model is out of scope, which it is at the end of the program."""
+    """Print them, and have the group end when the command's model is out of scope: at the end of the program."""
     from agentgym_ig.trainers import ranks
 
     console.print(last_words)
