@@ -242,6 +242,13 @@ class Step:
         update = Update(self.learner, own, self.config, temperature=1.0, longest=self.size.turns * self.size.new)
         return update.step(learned, range(len(encoded)))["grad_norm"]
 
+    def warmed(self) -> tuple[list[Encoded], list[Tensor]]:
+        """Made-up episodes that an update has learned from: it compiles, and makes the optimiser's state."""
+        encoded = made_up(self.size, self.model.config.vocab_size)
+        old = [torch.full((len(each.ids),), -12.0) for each in encoded]
+        self.updated(encoded, old)
+        return encoded, old
+
     def planned(self, longest: int) -> Plan:
         """What the planner says of it."""
         size = self.size
@@ -257,8 +264,7 @@ class Step:
 def step(name: str, size: Size, device: str) -> dict[str, Any]:
     """A training step's times, MFU of its update, what information gain adds, memory, and the error of bfloat16."""
     own = Step(name, size, device)
-    warm = made_up(size, own.model.config.vocab_size)
-    own.updated(warm, [torch.full((len(each.ids),), -12.0) for each in warm])  # makes the optimiser's state
+    own.warmed()
     encoded = own.phase("rollout", own.played)
     for gain in (False, True):  # a first time, which is not counted
         own.scored(encoded[: size.micro_batch], gain=gain)
@@ -299,9 +305,7 @@ def kernels(size: Size, device: str) -> dict[str, Any]:
     for name, settings in KERNELS.items():
         try:
             own = Step("0.5B", size, device, **settings)
-            encoded = made_up(size, own.model.config.vocab_size)
-            old = [torch.full((len(each.ids),), -12.0) for each in encoded]
-            own.updated(encoded, old)  # compiles, and makes the optimiser's state
+            encoded, old = own.warmed()
             norms = [own.phase("update", partial(own.updated, encoded, old)) for _ in range(size.rounds)]
             tokens = sum(len(each.ids) for each in encoded)
             found[name] = {"update_tokens_per_s": round(tokens / own.best("update"), 1), "grad_norm": norms[0]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,18 @@ FAILS = 1
 """The update, of three, that fails on the last rank."""
 
 LEFT = "threads of the group that are left:"
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+"""Starts a module in two processes."""
+
+
+def run_in_two(module: str, *words: object, timeout: float) -> None:
+    """To its end, which both reach rightly and without a thread of their group."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*TWO, module, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"{LEFT} []") == 2, done.stdout
 
 
 class Failing:

@@ -13,6 +13,7 @@ from typer.main import get_group
 from agentgym_ig.commands.main import app
 from agentgym_ig.commands.parts import open_recipe, training_config, training_rules
 from agentgym_ig.commands.plan import NOT_IN_FILES, planned_job
+from agentgym_ig.lm import CACHED_TOKENS
 from agentgym_ig.presets import preset_names, read_options
 from agentgym_ig.trainers.plan import Job, gpu_of, plan, what_to_lower
 from tests.conftest import Command
@@ -56,7 +57,7 @@ def folder(where: Path, name: str) -> Path:
 def job_of(where: Path, *names: str) -> tuple[Job, dict[str, Any]]:
     """What `train --dry-run` plans for those presets."""
     said = read_options(names, [own for own in OPTIONS if own not in NOT_IN_FILES])
-    given = {"lora_rank": None, "rollout_batch": 128, "max_cached_tokens": 131_072} | {
+    given = {"lora_rank": None, "rollout_batch": 128, "max_cached_tokens": CACHED_TOKENS} | {
         OPTIONS[key]: value for key, value in said.items()
     }
     given["model"] = str(folder(where, names[1]))

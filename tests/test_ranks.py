@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from agentgym_ig.records import METRICS_FILE
 from agentgym_ig.trainers import ranks
 from agentgym_ig.trainers.checkpoint import checkpoints
-from tests.rank_runs import LEFT
+from tests.rank_runs import LEFT, TWO, run_in_two
 
 STEPS = 3
 TRAIN = ["train", "--questions-per-step", "3", "--group-size", "4", "--micro-batch", "4", "--updates-per-step", "2"]
@@ -35,20 +35,19 @@ RECIPES = {
 
 
 def launcher(kind: str) -> list[str]:
-    """What starts one process, or two: by torchrun, or by accelerate with the shards of the configuration we ship."""
+    """What starts a module in one process, or two: by torchrun, or by accelerate with the shards that we ship."""
     if kind == "one":
-        return [sys.executable]
+        return [sys.executable, "-m"]
     if kind == "two":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return TWO
     config = str(files("agentgym_ig") / "launch" / "fsdp.yaml")
-    start = ["accelerate.commands.launch", "--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
-    return [sys.executable, "-m", *start]
+    settings = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *settings, "-m"]
 
 
 def started(kind: str, out: Path, *more: str, steps: int = STEPS) -> subprocess.Popen[str]:
     command = [
         *launcher(kind),
-        "-m",
         "agentgym_ig" if kind == "one" else "tests.rank_runs",
         *TRAIN,
         "--steps",
@@ -117,11 +116,7 @@ def test_a_rank_that_dies_stops_all_and_another_number_of_ranks_goes_on(tmp_path
 
 @pytest.mark.slow
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
-    command = [*launcher("two"), "-m", "tests.rank_runs", "failing", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"{LEFT} []") == 2
+    run_in_two("tests.rank_runs", "failing", tmp_path, timeout=200)
     assert [row["skipped_updates"] for row in rows(tmp_path / "run")] == [0, 1, 0]
     assert [row["updates"] for row in rows(tmp_path / "run")] == [1, 0, 1]
 

@@ -29,7 +29,8 @@ from tests.fakes import PASSAGES, BrokenIndex, ListIndex
 Served = tuple[str, subprocess.Popen[str]]
 
 
-PORTS = iter(range(20_000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), 32_000))
+_FIRST = 20_000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+PORTS = iter(range(_FIRST, _FIRST + 500))
 """Each worker of the tests has its own, below those that the system gives out: none is taken before it is served."""
 
 

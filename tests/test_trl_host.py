@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,7 @@ from agentgym_ig.trainers.trl_host import SearchGRPOTrainer, question_dataset, t
 from agentgym_ig.trainers.trl_rows import check_same_rows, hosted
 from agentgym_ig.types import Stop
 from tests.fakes import QUESTIONS, BrokenIndex
-from tests.rank_runs import LEFT
+from tests.rank_runs import run_in_two
 from tests.runs import begun, fresh, paid_env, same, scored, updating, weights
 from tests.test_collect import Flaky
 from tests.tiny import tiny_env
@@ -284,12 +281,7 @@ def test_an_adapter_is_trained_alone(tmp_path: Path) -> None:
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     one = shared(tmp_path, 1)
     one.train()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "tests.trl_hosts", str(tmp_path), "2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"{LEFT} []") == 2
+    run_in_two("tests.trl_hosts", tmp_path, 2, timeout=300)
     two, own = load_file(tmp_path / "weights.safetensors"), one.model.state_dict()
     for name, tensor in two.items():
         assert_close(own[name], tensor, atol=1e-5, rtol=0)

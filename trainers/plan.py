@@ -119,6 +119,11 @@ class Job:
         return self.gpus if self.shard == "fsdp" else 1
 
     @property
+    def size(self) -> int:
+        """Bytes of a number in the type that is computed in."""
+        return 2 if self.bf16 else 4
+
+    @property
     def dtype(self) -> str:
         """Of the weights while episodes are played and scored: FSDP gathers them in what is computed in."""
         return "bfloat16" if self.parts > 1 and self.bf16 else "float32"
@@ -210,7 +215,7 @@ def within_model(context: int, model: Sketch) -> int:
 
 def plan(job: Job) -> Plan:
     """What a job takes. Runs the model on fake tensors, which takes some seconds for a large one."""
-    own, size = counts(job.model), 2 if job.bf16 else 4
+    own, size = counts(job.model), job.size
     weights, optimizer = 4 * own.parameters // job.parts, 8 * own.trained // job.parts
     gradients = 4 * (own.trained + (own.trunk if job.critic else 0)) // job.parts
     reference = weights if job.reference and job.model.lora_rank is None else 0
@@ -261,7 +266,7 @@ def _rollout(job: Job, own: Counts) -> tuple[int, int]:
     if job.turn is not None and job.turn < job.context and tokens <= job.max_cached_tokens:
         new = reading(job.model, rows, job.turn, bf16=job.bf16, masked=False, dtype=job.dtype)
         beside = new.beside + rows * job.turn * job.context  # a byte for each pair in the mask
-    token = whole.cached * (2 if job.bf16 else 4) // (rows * job.context)
+    token = whole.cached * job.size // (rows * job.context)
     held = (
         round(CACHE_ROOM * rows * job.context) + min(AT_ONCE, rows) * job.context + min(tokens, job.max_cached_tokens)
     )
@@ -322,14 +327,11 @@ def _fewer(job: Job, gpu: Gpu) -> Iterator[tuple[str, Job]]:
     job = replace(
         job, rollout_batch=job.sampled, max_cached_tokens=min(job.max_cached_tokens, job.played * job.context)
     )
-    before = job
-    while job.max_cached_tokens > job.context and plan(job).phases["rollout"] > usable(gpu):
-        job = replace(job, max_cached_tokens=job.max_cached_tokens // 2)
-    if job != before:
-        yield f"--max-cached-tokens {job.max_cached_tokens}", job
-    for name, phases in (("rollout_batch", ("rollout",)), ("micro_batch", ("scoring", "update"))):
+    playing, learning = ("rollout",), ("scoring", "update")
+    halved = (("max_cached_tokens", job.context, playing), ("rollout_batch", 1, playing), ("micro_batch", 1, learning))
+    for name, least, phases in halved:
         before = job
-        while getattr(job, name) > 1 and any(plan(job).phases[phase] > usable(gpu) for phase in phases):
+        while getattr(job, name) > least and any(plan(job).phases[phase] > usable(gpu) for phase in phases):
             job = replace(job, **{name: getattr(job, name) // 2})
         if job != before:
             yield f"--{name.replace('_', '-')} {getattr(job, name)}", job

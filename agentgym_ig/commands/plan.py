@@ -67,11 +67,10 @@ def join_processes(device: str) -> str:
     return device
 
 
-def leave_processes(last_words: str) -> None:
-    """Print them, and have the group end when the command's model is out of scope: at the end of the program."""
+def leave_processes() -> None:
+    """Have the group end when the command's model is out of scope: at the end of the program."""
     from agentgym_ig.trainers import ranks
 
-    console.print(last_words)
     atexit.register(ranks.leave)
 
 

@@ -143,12 +143,14 @@ def train(
     advice = "Every whole step is saved; go on with the same command and --resume."
     with interruptible(advice), bar(f"training {recipe}", settings.steps) as advance:
         folder = run_training(run, resume=resume, progress=_shown(advance))
-    leave_processes(_what_next(folder, suite, questions, index or ()))
+    _finish(folder, suite, questions, index or ())
 
 
-def _what_next(folder: Path, suite: str, questions: Path | None, index: Sequence[str]) -> str:
+def _finish(folder: Path, suite: str, questions: Path | None, index: Sequence[str]) -> None:
+    """Say what may come next, and have the processes part."""
     places = (f" --questions {questions}" if questions else "") + "".join(f" --index {own}" for own in index)
-    return f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}{places}"
+    console.print(f"trained model: {folder}\nevaluate it: agentgym-ig eval --model {folder} --suite {suite}{places}")
+    leave_processes()
 
 
 def _shown(advance: Callable[[int, str], None]) -> Callable[[int, dict[str, Any]], None]:
